@@ -1,0 +1,149 @@
+"""The Serve deployment that hosts one engine per replica: token IDs by handle, OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from raygym.actors.collective import join_group, leave_group
+from raygym.actors.weight_receiver import receive_version
+from raygym.config import PolicyConfig
+from raygym.engine import Engine, EngineError
+from raygym.models import stop_token_ids
+from raygym.simulate import SimulatedConfig, SimulatedEngine
+from raygym.types import EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
+from raygym.weights import Manifest, WeightsError, check_shapes, checkpoint_shapes, tied_names
+
+DEPLOYMENT = "PolicyServer"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """What one replica says of itself."""
+
+    rank: int
+    weight_version: int
+    weights_checksum: str
+
+
+async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
+    """The engine that the config asks for. Blocks until it can generate."""
+    stops = stop_token_ids(Path(model_dir))
+    if config.engine == "simulated":
+        return SimulatedEngine(SimulatedConfig(**config.simulated), stops)
+    # vLLM takes ten seconds to import; only a replica that serves it pays.
+    from raygym.actors.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(model_dir, config.model, stops, config.vllm)
+    await engine.set_version(0)
+    return engine
+
+
+@serve.ingress()
+class PolicyServer:
+    """One replica: an engine, and its membership in the group that carries weights."""
+
+    async def __init__(self, config: PolicyConfig, model_dir: str) -> None:
+        self._model_dir = model_dir
+        self._engine = await start_engine(config, model_dir)
+        self._request_ids = itertools.count()
+        self._rank: int = serve.get_replica_context().rank.rank
+        self._group = ""
+        self._manifest: Manifest | None = None
+        self._received: Path | None = None
+        self._failure: BaseException | None = None
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Serve's late-bound hook: the engine's own HTTP application."""
+        return await self._engine.asgi_app()
+
+    async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Generation:
+        """Sample one continuation of exactly these IDs.
+
+        Args:
+            prompt_token_ids: P token IDs, int32.
+            sampling: how to sample.
+            session_id: the episode; part of the request's name in the engine's log.
+
+        Raises:
+            EpisodeFailure: `engine_error`, with the engine's reason.
+        """
+        try:
+            return await self._engine.generate(prompt_token_ids, sampling, f"{session_id}-{next(self._request_ids)}")
+        except Exception as error:
+            raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}") from error
+
+    async def join(self, group_name: str, world_size: int, manifest: Manifest, timeout_s: float) -> ReplicaState:
+        """Become a member of the weight group, after checking that its versions fit this engine.
+
+        Raises:
+            WeightsError: the learner's tensors are not those that this engine was started from.
+            CollectiveTimeout: another member is missing.
+        """
+        check_shapes(manifest, checkpoint_shapes(self._model_dir), tied_names(self._model_dir))
+        leave_group(self._group)
+        await asyncio.to_thread(join_group, group_name, self._rank + 1, world_size, timeout_s)
+        self._group, self._manifest = group_name, manifest
+        return self.state_now()
+
+    async def receive(self) -> dict[str, int]:
+        """Take the next version into shared memory while the engine goes on serving. Returns its checksums."""
+        if self._manifest is None:
+            raise WeightsError(f"replica {self._rank} was asked to receive weights before it joined a weight group")
+        self._discard()
+        self._received, checksums = await asyncio.to_thread(receive_version, self._manifest, self._group)
+        return checksums
+
+    async def apply(self, version: int, checksum: str) -> ReplicaState:
+        """Pause, replace all weights by the received version, resume.
+
+        Raises:
+            WeightsError: nothing was received, or the engine loaded something else than what was published.
+            EngineError: the engine failed while loading; the replica then reports itself unhealthy.
+        """
+        if self._received is None:
+            raise WeightsError(f"replica {self._rank} has not received version {version}")
+        await self._engine.pause()
+        try:
+            loaded = await self._engine.load_weights(str(self._received), version)
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._discard()
+        if loaded != checksum:
+            self._failure = WeightsError(f"replica {self._rank} loaded {loaded}, but version {version} is {checksum}")
+            raise self._failure
+        await self._engine.resume()
+        return self.state_now()
+
+    async def state(self) -> ReplicaState:
+        """Which weights this replica serves."""
+        return self.state_now()
+
+    def state_now(self) -> ReplicaState:
+        """`state` for callers in the same process."""
+        return ReplicaState(self._rank, self._engine.weight_version, self._engine.weights_checksum)
+
+    async def check_health(self) -> None:
+        """Serve's health check: raises when this replica must be replaced."""
+        if self._failure is not None:
+            raise EngineError(f"replica {self._rank} holds unusable weights") from self._failure
+        await self._engine.check_health()
+
+    def _discard(self) -> None:
+        if self._received is not None:
+            self._received.unlink(missing_ok=True)
+            self._received = None
+
+    def __del__(self) -> None:
+        """Serve's graceful shutdown: end the engine's processes with the replica."""
+        if hasattr(self, "_engine"):
+            self._discard()
+            leave_group(self._group)
+            self._engine.shutdown()

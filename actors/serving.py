@@ -1,0 +1,105 @@
+"""Start and stop the PolicyServer on Ray Serve, from the driver."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.handle import DeploymentHandle
+
+from raygym.actors.policy_server import DEPLOYMENT, PolicyServer
+from raygym.config import PolicyConfig
+
+# The engine and the learner share the cores of a CPU machine and rarely work at the same time.
+_CPU_ENGINE_ENV = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+_CPU_ENGINE_OPTIONS: dict[str, Any] = {"enforce_eager": True, "dtype": "float32"}
+_EVERY_ENGINE_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def app_name(run_name: str) -> str:
+    """The Serve application of one run."""
+    return f"raygym-{run_name}"
+
+
+def engine_environment(config: PolicyConfig) -> dict[str, str]:
+    """Environment variables of a replica; whatever the user exported wins."""
+    environment = dict(_EVERY_ENGINE_ENV)
+    if config.gpus_per_replica == 0:
+        cores = os.cpu_count() or 1
+        environment |= _CPU_ENGINE_ENV | {"OMP_NUM_THREADS": str(max(1, cores // config.replicas))}
+    return {key: os.environ.get(key, value) for key, value in environment.items()}
+
+
+def with_engine_defaults(config: PolicyConfig) -> PolicyConfig:
+    """The config with vLLM options that suit a CPU, where the user set none and no GPU is used."""
+    if config.engine != "vllm" or config.gpus_per_replica > 0:
+        return config
+    return config.model_copy(update={"vllm": {**_CPU_ENGINE_OPTIONS, **config.vllm}})
+
+
+def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> DeploymentHandle:
+    """Deploy all replicas and wait until they serve.
+
+    Args:
+        run_name: names the Serve application.
+        config: `policy`.
+        model_dir: the policy's files, on every node.
+        port: where HTTP listens, on `policy.http.host`.
+
+    Raises:
+        RuntimeError: a replica could not start; the text carries its reason.
+        TimeoutError: not all replicas serve after `policy.startup_timeout_s`.
+    """
+    serve.start(http_options=HTTPOptions(host=config.http.host, port=port))
+    actor_options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": config.gpus_per_replica,
+        "runtime_env": {"env_vars": engine_environment(config)},
+    }
+    deployment = serve.deployment(
+        PolicyServer,
+        name=DEPLOYMENT,
+        num_replicas=config.replicas,
+        max_ongoing_requests=100_000,
+        ray_actor_options=actor_options,
+        health_check_period_s=5,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=1,
+    )
+    application = deployment.bind(with_engine_defaults(config), model_dir)
+    return serve.run(application, name=app_name(run_name), route_prefix="/")
+
+
+def broadcast(handle: DeploymentHandle, method: str, args: Sequence[Any], replicas: int, timeout_s: float) -> list[Any]:
+    """Call a method on every replica and wait for all answers.
+
+    Raises:
+        TimeoutError: not every replica answered in time.
+        RuntimeError: fewer replicas are running than the run was started with.
+    """
+    response = handle.broadcast(method, *args)
+    try:
+        answers = response.results(timeout_s=timeout_s)
+    except TimeoutError as error:
+        raise TimeoutError(f"PolicyServer.{method}: not every replica answered within {timeout_s} s") from error
+    if len(answers) != replicas:
+        raise RuntimeError(f"PolicyServer.{method}: {len(answers)} replicas answered, expected {replicas}")
+    return answers
+
+
+def undeploy(run_name: str) -> None:
+    """Remove the application and wait until its replicas are gone."""
+    serve.delete(app_name(run_name), _blocking=True)

@@ -1,0 +1,352 @@
+"""The run config: one strict pydantic schema, YAML files, dotted overrides.
+
+`load_config` is the only door: what it returns is valid, what it refuses is a `ConfigError` whose text names
+the key, the value found and the value expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+# DeepSpeed keys that raygym computes itself, from the batch and the rank count.
+_DEEPSPEED_OWNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+# Engine arguments without which tokens, logprobs or weight updates would not be exact.
+_VLLM_OWNED = {
+    "model": "policy.model",
+    "logprobs_mode": "nothing: logprobs are always those after temperature",
+    "generation_config": "nothing: the served model's own sampling defaults never leak in",
+    "worker_extension_cls": "nothing: raygym's worker extension applies the weights",
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot run. The text is one message for a person: key, what was found, what is expected."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are not coerced from strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class HttpConfig(Section):
+    """Where the OpenAI-compatible API listens."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0 takes a free port, which the console prints."""
+
+
+class PolicyConfig(Section):
+    """The language model being trained, and the engines that serve it."""
+
+    model: str
+    """A local directory, a Hugging Face id, `smollm2-135m-instruct`, or `tiny` / `tiny-tied` for tests."""
+    engine: Literal["vllm", "simulated"] = "vllm"
+    replicas: PositiveInt = 1
+    gpus_per_replica: NonNegativeFloat = 0
+    vllm: dict[str, Any] = {}
+    """Passed through to vLLM's AsyncEngineArgs."""
+    simulated: dict[str, Any] = {}
+    """Passed through to the simulated engine."""
+    http: HttpConfig = HttpConfig()
+    startup_timeout_s: PositiveFloat = 600
+
+    @model_validator(mode="after")
+    def _engine_owned(self) -> PolicyConfig:
+        for key, instead in _VLLM_OWNED.items():
+            if key in self.vllm:
+                raise ValueError(f"vllm.{key} is set by raygym; use {instead}")
+        return self
+
+
+class EnvConfig(Section):
+    """One environment of the mixture."""
+
+    id: str
+    """A registered Gymnasium id (`raygym/NumberGuess-v0`) or `module:Class`."""
+    name: str = ""
+    """How metrics and tasks call it; the id when empty."""
+    kwargs: dict[str, Any] = {}
+    weight: PositiveFloat = 1.0
+
+    @property
+    def label(self) -> str:
+        """`name`, or the id where no name was given."""
+        return self.name or self.id
+
+
+class RolloutConfig(Section):
+    """How episodes are collected."""
+
+    groups_per_step: PositiveInt = 8
+    group_size: Annotated[int, Field(ge=2)] = 8
+    max_turns: PositiveInt = 4
+    max_tokens_per_turn: PositiveInt = 16
+    max_concurrent: PositiveInt = 64
+    max_staleness: NonNegativeInt = 0
+    temperature: PositiveFloat = 1.0
+    env_runners: PositiveInt = 1
+    turn_timeout_s: PositiveFloat = 120
+    """Deadline of one generation."""
+    step_timeout_s: PositiveFloat = 30
+    """Deadline of one `env.reset` or `env.step`."""
+    episode_timeout_s: PositiveFloat = 600
+    max_retries: NonNegativeInt = 3
+    """Fresh attempts at one failed episode before its group is replaced."""
+    max_replaced_groups: NonNegativeInt = 16
+    """Groups replaced in a row, without one delivered, before the run stops with the last cause."""
+
+
+class LearnerConfig(Section):
+    """GRPO on DeepSpeed."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    num_learners: PositiveInt = 1
+    gpus_per_learner: NonNegativeFloat = 0
+    lr: PositiveFloat = 1e-6
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer updates over which the learning rate rises linearly to `lr`."""
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: PositiveFloat = 0.2
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 KL to the starting policy; above 0 a frozen copy is kept."""
+    grad_clip: PositiveFloat = 1.0
+    mini_batches: PositiveInt = 1
+    """Optimizer updates made from one step's groups."""
+    tokens_per_micro_batch: PositiveInt = 2048
+    threads: NonNegativeInt = 0
+    """CPU threads of one learner; 0 shares the cores among the learners."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed; `zero_optimization: {stage: 0..3}` chooses the ZeRO stage."""
+    startup_timeout_s: PositiveFloat = 600
+    update_timeout_s: PositiveFloat = 3600
+
+    @model_validator(mode="after")
+    def _deepspeed_owned(self) -> LearnerConfig:
+        for key in _DEEPSPEED_OWNED:
+            if key in self.deepspeed:
+                raise ValueError(f"deepspeed.{key} is set by raygym from the batch; remove it")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+            raise ValueError("deepspeed.zero_optimization must be a mapping with stage: 0, 1, 2 or 3")
+        return self
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 to 3."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+class SyncConfig(Section):
+    """How new weights reach the engines."""
+
+    timeout_s: PositiveFloat = 60
+    bucket_mib: PositiveInt = 128
+
+
+class ValidationConfig(Section):
+    """Held-out tasks, the same ones at every validation, sampled greedily unless told."""
+
+    tasks: NonNegativeInt = 0
+    """0 switches validation off."""
+    every: NonNegativeInt = 0
+    """Steps between validations; the start and the end are always validated. 0: only those two."""
+    temperature: NonNegativeFloat = 0.0
+
+
+class CheckpointConfig(Section):
+    """What is saved of the policy."""
+
+    save_final: bool = True
+    """Write the final policy as a Hugging Face directory under `checkpoints/`."""
+
+
+class LoggingConfig(Section):
+    """What is written beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    trajectories: bool = True
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: str
+    seed: NonNegativeInt = 0
+    steps: NonNegativeInt
+    runs_dir: str = "runs"
+    policy: PolicyConfig
+    envs: Annotated[list[EnvConfig], Field(min_length=1)]
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sync: SyncConfig = SyncConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """`<runs_dir>/<name>`."""
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        rollout, learner = self.rollout, self.learner
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ValueError(f"name: {self.name!r} must be usable as a folder's name (not empty, no '/')")
+        episodes = rollout.groups_per_step * rollout.group_size
+        if episodes % learner.num_learners:
+            raise ValueError(
+                f"learner.num_learners: {learner.num_learners} does not divide the batch of "
+                f"{episodes} episodes (rollout.groups_per_step {rollout.groups_per_step} x "
+                f"rollout.group_size {rollout.group_size}); expected a divisor of {episodes}"
+            )
+        if rollout.groups_per_step % learner.mini_batches:
+            raise ValueError(
+                f"learner.mini_batches: {learner.mini_batches} does not divide rollout.groups_per_step "
+                f"{rollout.groups_per_step}; expected a divisor of it"
+            )
+        labels = [env.label for env in self.envs]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"envs: two environments are called the same; give each its own name (have {labels})")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one YAML run config and apply `key.path=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: the file is missing or not a YAML mapping, or a key or value is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a YAML run config") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text; expected a YAML run config") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (name, steps, policy, envs, ...)")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> RunConfig:
+    """Validate an already parsed mapping. Raises ConfigError naming every wrong key."""
+    try:
+        # Through JSON mode: YAML has no tuples, and strict Python mode would refuse a list for `betas`.
+        return RunConfig.model_validate(_tuples(data))
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, every default written out; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    learner = data.get("learner")
+    if isinstance(learner, dict) and isinstance(learner.get("betas"), list):
+        return {**data, "learner": {**learner, "betas": tuple(learner["betas"])}}
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key.path=value, such as learner.lr=1e-6")
+    try:
+        value = _parse_value(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    node: Any = data
+    *parents, leaf = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _child(node, part, override)
+        if node is None:
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
+    if isinstance(node, list):
+        node[_index(node, leaf, override)] = value
+    elif isinstance(node, dict):
+        node[leaf] = value
+    else:
+        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
+
+
+def _parse_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    # YAML 1.1 reads 1e-6 (no dot) as text; everybody who types it means the number.
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c.isdigit() for c in value) else value
+        except ValueError:
+            return value
+    return value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        return node[part]
+    return None
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"override {override!r}: {part!r} is not an index into a list of {len(items)} entries")
+    return int(part)
+
+
+def _problem(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_suggestion(item['loc'])}"
+    if kind == "missing":
+        return f"{key}: is required and missing"
+    if kind == "value_error":
+        return f"{key}.{message}" if key else message
+    found = repr(item["input"])
+    return f"{key}: {message[0].lower() + message[1:]}, found {found if len(found) < 80 else found[:77] + '...'}"
+
+
+def _suggestion(loc: tuple[Any, ...]) -> str:
+    model: Any = RunConfig
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = EnvConfig if part == "envs" else annotation
+    known = ", ".join(model.model_fields)
+    return f"; expected one of: {known}"

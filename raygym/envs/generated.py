@@ -1,0 +1,36 @@
+"""What environments with generated tasks share: the held-out split, and the strict answer format."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+VALIDATION_SHARE = 0.2
+"""Share of a task space that is held out for validation."""
+
+
+def held_out(*task: int | str) -> bool:
+    """Whether a task belongs to validation: a hash of the task alone decides, so both splits never share one."""
+    digest = hashlib.blake2b(repr(task).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < VALIDATION_SHARE * 2**64
+
+
+def in_split(options: dict[str, Any] | None, *task: int | str) -> bool:
+    """Whether a task may be used under `env.reset(options=...)`; without a split it is training.
+
+    Raises:
+        ValueError: `options["split"]` is neither `train` nor `validation`.
+    """
+    split = (options or {}).get("split", "train")
+    if split not in ("train", "validation"):
+        raise ValueError(f"options['split'] is {split!r}; expected 'train' or 'validation'")
+    validation = split == "validation"
+    return held_out(*task) is validation
+
+
+def whole_number(text: str) -> int | None:
+    """The integer that a reply consists of, or None when it is anything more (one final full stop is forgiven)."""
+    stripped = text.strip().removesuffix(".")
+    return int(stripped) if _WHOLE_NUMBER.fullmatch(stripped) else None

@@ -1,0 +1,242 @@
+"""`run_episode`: one multi-turn episode of one environment against any `Generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+
+from raygym.chat import ChatRenderer, TemplateError
+from raygym.env import StepResult
+from raygym.env_host import DeadlineMissed, EnvHost, within
+from raygym.tasks import turn_seed
+from raygym.types import (
+    EpisodeFailure,
+    EpisodeStatus,
+    FailureKind,
+    Generation,
+    Int32Array,
+    Message,
+    Sampling,
+    Task,
+    Trajectory,
+    Turn,
+)
+
+_NO_LOGPROB = -9000.0
+"""vLLM writes -9999 where it has no logprob; real ones of a float32 softmax never get near."""
+
+
+class Generate(Protocol):
+    """Whatever continues a prompt: a Serve handle, an engine in this process, a test's function."""
+
+    def __call__(self, prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Awaitable[Generation]:
+        """Sample one continuation of exactly these IDs; `session_id` is the same in all turns of an episode."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeLimits:
+    """What one episode may use."""
+
+    max_turns: int
+    max_tokens_per_turn: int
+    max_model_len: int
+    """Prompt and generation together, in tokens."""
+    turn_timeout_s: float
+    """Deadline of one generation."""
+    step_timeout_s: float
+    """Deadline of making and resetting the environment, and of each step."""
+    episode_timeout_s: float
+    """Deadline of the whole episode; counted against whoever was being waited for."""
+
+
+async def run_episode(
+    make_env: Callable[[], gymnasium.Env[Any, Any]],
+    task: Task,
+    *,
+    group_id: str,
+    episode: int,
+    attempt: int,
+    renderer: ChatRenderer,
+    generate: Generate,
+    limits: EpisodeLimits,
+    sampling: Sampling,
+    run_seed: int,
+) -> Trajectory:
+    """Play `task` on a fresh environment, which is closed at the end whatever happens.
+
+    Trouble with the environment or the engine does not raise: it comes back as a trajectory of status `failed` with its
+    kind. Reaching `max_turns`, or a later turn whose prompt no longer fits, is `truncated` with the reward so far.
+
+    Args:
+        make_env: makes the environment; called in the environment's own thread.
+        task: what to play.
+        group_id: the group of the episode.
+        episode: 0..G-1 within the group.
+        attempt: 0 for the first try.
+        renderer: of the policy's tokenizer, with the environment's tools.
+        generate: the policy.
+        limits: what the episode may use.
+        sampling: how to sample each turn, with at most the smaller of its `max_tokens` and the limits'. Where its seed
+            is None, every turn gets its own from `tasks.turn_seed`.
+        run_seed: enters those seeds.
+
+    Raises:
+        asyncio.CancelledError: the caller gave up; the environment has been closed.
+    """
+    sampling = replace(sampling, max_tokens=min(sampling.max_tokens, limits.max_tokens_per_turn))
+    record = _Record()
+    host = EnvHost(make_env)
+    status, failure = EpisodeStatus.FAILED, None
+    try:
+        policy = _Policy(generate, sampling, f"{group_id}-{episode}-{attempt}", limits)
+        seeds = [turn_seed(run_seed, task, episode, attempt, turn) for turn in range(limits.max_turns)]
+        status = await _play(record, host, renderer, policy, task, limits, seeds)
+    except EpisodeFailure as error:
+        failure = error
+    finally:
+        await host.close()
+    return Trajectory(
+        task=task,
+        group_id=group_id,
+        episode=episode,
+        attempt=attempt,
+        status=status,
+        token_ids=record.token_ids,
+        loss_mask=record.loss_mask,
+        logprobs=record.logprobs,
+        weight_versions=record.weight_versions,
+        turns=tuple(record.turns),
+        reward=0.0 if failure else sum(turn.reward for turn in record.turns),
+        messages=tuple(record.messages),
+        sampling=sampling,
+        drifted=failure is None and renderer.drifted(record.messages, record.token_ids),
+        failure=failure.kind if failure else None,
+        failure_detail=failure.detail if failure else "",
+        metrics=record.metrics,
+    )
+
+
+async def _play(
+    record: _Record,
+    host: EnvHost,
+    renderer: ChatRenderer,
+    policy: _Policy,
+    task: Task,
+    limits: EpisodeLimits,
+    seeds: list[int],
+) -> EpisodeStatus:
+    ends = time.monotonic() + limits.episode_timeout_s
+
+    def at_most(timeout_s: float) -> float:
+        return min(timeout_s, ends - time.monotonic())
+
+    record.messages += await host.reset(task, at_most(limits.step_timeout_s))
+    prompt = _rendered(partial(renderer.render_initial, record.messages))
+    for turn, seed in enumerate(seeds):
+        if len(prompt) + 1 > limits.max_model_len:
+            if turn > 0:
+                return EpisodeStatus.TRUNCATED
+            raise EpisodeFailure(
+                FailureKind.CONTEXT_OVERFLOW,
+                f"the first prompt has {len(prompt)} tokens: no room is left in a context of {limits.max_model_len}",
+            )
+        asked = time.monotonic()
+        generation = await policy(prompt, seed, at_most(limits.turn_timeout_s))
+        answered = time.monotonic()
+        action: Message = {"role": "assistant", "content": renderer.decode(generation.token_ids)}
+        record.add_generation(prompt, generation, action)
+        step = await host.step(dict(action), at_most(limits.step_timeout_s))
+        record.add_step(step, generation, answered - asked, time.monotonic() - answered)
+        if step.terminated or step.truncated:
+            return EpisodeStatus.TERMINATED if step.terminated else EpisodeStatus.TRUNCATED
+        prompt = _rendered(partial(renderer.extend, record.token_ids, step.messages))
+    return EpisodeStatus.TRUNCATED
+
+
+def _rendered(render: Callable[[], Int32Array]) -> Int32Array:
+    try:
+        return render()
+    except TemplateError as error:
+        raise EpisodeFailure(FailureKind.ENV_ERROR, f"its messages cannot be rendered: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """`generate` with the episode's sampling, deadlines, and every trouble as an EpisodeFailure."""
+
+    generate: Generate
+    sampling: Sampling
+    session_id: str
+    limits: EpisodeLimits
+
+    async def __call__(self, prompt: Int32Array, seed: int, timeout_s: float) -> Generation:
+        sampling = replace(
+            self.sampling,
+            max_tokens=min(self.sampling.max_tokens, self.limits.max_model_len - len(prompt)),
+            seed=seed if self.sampling.seed is None else self.sampling.seed,
+        )
+        try:
+            generation = await within(self.generate(prompt, sampling, self.session_id), timeout_s)
+        except EpisodeFailure:
+            raise
+        except DeadlineMissed as error:
+            detail = f"the engine did not answer within {timeout_s:.3g} s"
+            raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail) from error
+        except TimeoutError as error:
+            raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, f"generate timed out: {error}") from error
+        except Exception as error:
+            raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}") from error
+        _check(generation)
+        return generation
+
+
+def _check(generation: Generation) -> None:
+    if len(generation.token_ids) == 0:
+        raise EpisodeFailure(FailureKind.ENGINE_ERROR, "the engine returned no tokens")
+    bad = ~(np.isfinite(generation.logprobs) & (generation.logprobs > _NO_LOGPROB))
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise EpisodeFailure(
+            FailureKind.INVALID_LOGPROBS,
+            f"{int(bad.sum())} of {len(bad)} logprobs are unusable, the first at token {at}: {generation.logprobs[at]}",
+        )
+
+
+class _Record:
+    """What of the trajectory exists so far."""
+
+    def __init__(self) -> None:
+        self.token_ids = np.empty(0, np.int32)
+        self.loss_mask = np.empty(0, np.bool_)
+        self.logprobs = np.empty(0, np.float32)
+        self.weight_versions = np.empty(0, np.int32)
+        self.turns: list[Turn] = []
+        self.messages: list[Message] = []
+        self.metrics: dict[str, float] = {}
+
+    def add_generation(self, prompt: Int32Array, generation: Generation, action: Message) -> None:
+        """Tokens enter only once the policy has seen them: the prompt together with its continuation."""
+        seen, known, new = len(prompt) - len(self.token_ids), len(self.token_ids), len(generation.token_ids)
+        assert np.array_equal(prompt[:known], self.token_ids), "a prompt must begin with all tokens before it"
+        self.token_ids = np.concatenate([prompt, generation.token_ids]).astype(np.int32, copy=False)
+        self.loss_mask = np.concatenate([self.loss_mask, np.zeros(seen, np.bool_), np.ones(new, np.bool_)])
+        self.logprobs = np.concatenate(
+            [self.logprobs, np.zeros(seen, np.float32), generation.logprobs], dtype=np.float32
+        )
+        self.weight_versions = np.concatenate(
+            [self.weight_versions, np.full(seen, -1, np.int32), generation.weight_versions], dtype=np.int32
+        )
+        self.messages.append(action)
+
+    def add_step(self, step: StepResult, generation: Generation, generate_s: float, env_s: float) -> None:
+        end = len(self.token_ids)
+        start = end - len(generation.token_ids)
+        self.turns.append(Turn(start, end, step.reward, generation.finish_reason, generate_s, env_s))
+        self.messages += step.messages
+        self.metrics = step.metrics

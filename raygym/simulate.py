@@ -1,0 +1,113 @@
+"""The simulated engine: latency without a model. For tests and for trying a config, never for a result.
+
+Its tokens are a deterministic function of prompt, seed and weight version, so that runs repeat exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from raygym.types import Generation, Int32Array, Sampling
+from raygym.weights import model_checksum, tensor_checksum
+
+
+class SimulatedConfig(BaseModel):
+    """`policy.simulated` of the run config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    turn_latency_s: float = Field(default=0.0, ge=0)
+    """Time that every generation takes, whatever its length."""
+    error_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of generations that fail, chosen by the same deterministic hash."""
+    max_model_len: int = Field(default=4096, ge=2)
+    max_token_id: int = Field(default=255, ge=1)
+    """Sampled token IDs lie in [0, max_token_id]."""
+
+
+class SimulatedFault(RuntimeError):
+    """An injected fault of the simulated engine."""
+
+
+class SimulatedEngine:
+    """An `Engine` whose generations are hashes."""
+
+    def __init__(self, config: SimulatedConfig, stop_token_ids: Sequence[int]) -> None:
+        self._config = config
+        self._stop_token_id = stop_token_ids[0]
+        self._running = asyncio.Event()
+        self._running.set()
+        self.weight_version = 0
+        self.weights_checksum = ""
+
+    async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
+        """Deterministic tokens after `turn_latency_s`; ends with the stop token half of the time."""
+        await self._running.wait()
+        key = hashlib.blake2b(prompt_token_ids.tobytes() + repr((sampling.seed, self.weight_version)).encode())
+        rng = np.random.default_rng(int.from_bytes(key.digest()[:8], "little"))
+        fails = rng.random() < self._config.error_rate
+        room = max(1, min(sampling.max_tokens, self._config.max_model_len - len(prompt_token_ids)))
+        length = int(rng.integers(1, room + 1))
+        token_ids = rng.integers(0, self._config.max_token_id + 1, length).astype(np.int32)
+        stopped = length < room or bool(rng.random() < 0.5)
+        if stopped:
+            token_ids[-1] = self._stop_token_id
+        if self._config.turn_latency_s:
+            await asyncio.sleep(self._config.turn_latency_s)
+        if fails:
+            raise SimulatedFault("simulated engine: injected error (policy.simulated.error_rate)")
+        logprobs = -rng.exponential(1.0, length).astype(np.float32)
+        versions = np.full(length, self.weight_version, np.int32)
+        return Generation(token_ids, logprobs, versions, "stop" if stopped else "length")
+
+    async def pause(self) -> None:
+        """New generations wait until `resume`."""
+        self._running.clear()
+
+    async def resume(self) -> None:
+        """Let waiting generations go on."""
+        self._running.set()
+
+    async def load_weights(self, path: str, version: int) -> str:
+        """Read the file as an engine would and keep only its checksum."""
+        self.weights_checksum = await asyncio.to_thread(_file_checksum, path)
+        self.weight_version = version
+        return self.weights_checksum
+
+    async def check_health(self) -> None:
+        """Always healthy."""
+
+    async def asgi_app(self) -> Any:
+        """Only what tells that it is up and that it is simulated."""
+        # FastAPI takes half a second to import and only a replica needs it.
+        from fastapi import FastAPI
+
+        app = FastAPI(title="raygym simulated engine")
+
+        @app.get("/health")
+        async def health() -> dict[str, str]:
+            return {"status": "ok", "engine": "simulated"}
+
+        return app
+
+    def shutdown(self) -> None:
+        """Nothing to free."""
+
+
+def _file_checksum(path: str) -> str:
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        base = file.tell()
+        checksums = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            file.seek(base + start)
+            checksums[name] = tensor_checksum(file.read(end - start))
+    return model_checksum(checksums)
