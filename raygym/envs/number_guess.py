@@ -9,9 +9,9 @@ Reward, given at the end, in [0, 1], for a range of N numbers:
 A reply that is not a whole number and nothing else learns nothing and costs an attempt, and so does a number that is
 already excluded. So reward rises with the format, then with guesses inside the range, then with halving it.
 
-Scores, averaged over 20,000 seeds of each split with the defaults (train / validation): halving the range 0.780 / 0.779,
-a random number that is still possible 0.651 / 0.650, a random number of the first range 0.421 / 0.423, always its middle
-0.216 / 0.217, no numbers 0. (`tests/test_envs_builtin.py` checks them on fewer seeds.)
+Scores with the defaults, averaged over 20,000 seeds of each split (train / validation): halving the range
+0.780 / 0.779, a random number that is still possible 0.651 / 0.650, a random number of the first range
+0.421 / 0.423, always its middle 0.216 / 0.217, no numbers 0. (`tests/test_envs_builtin.py` checks them on fewer seeds.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,38 @@
+# Every target sets up what is missing first (tools/setup.py); once set up, that takes a fraction of a second.
+# PYTHON=/path/to/python3.11 chooses the interpreter of the virtual environment.
+PYTHON ?=
+BIN := .venv/bin
+BENCHMARKS := rollout serving learner weight_sync end_to_end
+# `make bench BENCH_ARGS=--quick` for a short run.
+BENCH_ARGS ?=
+
+# DeepSpeed looks for ninja on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test test-pure lint bench clean
+
+setup:
+	@python3 tools/setup.py $(if $(PYTHON),--python "$(PYTHON)")
+
+demo: setup
+	$(BIN)/raygym train configs/demo.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+# Seconds instead of minutes: no Ray cluster, no engine.
+test-pure: setup
+	$(BIN)/python -m pytest -m "not ray and not vllm and not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_ARGS); done
+
+# Leaves .venv and runs/ alone.
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find raygym actors tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
