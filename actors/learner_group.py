@@ -1,0 +1,111 @@
+"""All learners as one object on the driver. They form a gang: where one is lost, all are started again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from raygym.actors.learner import LearnerActor, LearnStats
+from raygym.config import LearnerConfig
+from raygym.types import Float32Array, TrainSequence
+
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class LearnerError(RuntimeError):
+    """A rank failed or missed its deadline. The text names the rank; the gang has to be started again."""
+
+
+class LearnerGroup:
+    """The gang of `num_learners` ranks. Build it with `launch`, then `wait_ready` before anything else."""
+
+    def __init__(self, actors: list[Any], config: LearnerConfig) -> None:
+        self.actors = actors
+        self.config = config
+        self._launched = time.monotonic()
+        # Ray resolves the rendezvous before it calls setup, so the whole start runs without the driver.
+        rendezvous = actors[0].rendezvous.remote()
+        self._ready = [actor.setup.remote(rendezvous) for actor in actors]
+
+    @classmethod
+    def launch(cls, config: LearnerConfig, model_dir: str, temperature: float) -> LearnerGroup:
+        """Start all ranks and return at once; they load in the background."""
+        return cls([_start_rank(rank, config, model_dir, temperature) for rank in range(config.num_learners)], config)
+
+    def wait_ready(self) -> None:
+        """Block until every rank is set up. The deadline, `startup_timeout_s`, counts from `launch`."""
+        left = self._launched + self.config.startup_timeout_s - time.monotonic()
+        self._collect(self._ready, "setup", max(0.0, left))
+
+    def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
+        """One step's optimizer updates; see `LearnerActor.update`."""
+        stats: LearnStats = self.call_all("update", ray.put(list(sequences)), timeout_s=self.config.update_timeout_s)[0]
+        return stats
+
+    def token_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Float32Array]:
+        """For each sequence T logprobs under the current weights, 0 where its mask is False."""
+        shares = self.call_all("token_logprobs", ray.put(list(sequences)), timeout_s=self.config.update_timeout_s)
+        found = {index: logprobs for share in shares for index, logprobs in share.items()}
+        return [found[index] for index in range(len(sequences))]
+
+    def save_hf(self, path: str) -> None:
+        """Write the current policy as a Hugging Face directory."""
+        self.call_all("save_hf", path, timeout_s=self.config.update_timeout_s)
+
+    def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """Call a method on every rank at once; the results, in order of rank.
+
+        Raises:
+            LearnerError: a rank raised, died, or was not done after `timeout_s`.
+        """
+        return self._collect([getattr(actor, method).remote(*args) for actor in self.actors], method, timeout_s)
+
+    def _collect(self, references: list[Any], method: str, timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        waiting = {reference: rank for rank, reference in enumerate(references)}
+        while waiting:
+            left = max(0.0, deadline - time.monotonic())
+            # One at a time as they finish: the rank that failed is reported, not one that waits for it.
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
+            if not done:
+                ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
+                raise LearnerError(
+                    f"learner rank {ranks} of {len(references)} did not finish {method} within {timeout_s:.0f} s"
+                )
+            rank = waiting.pop(done[0])
+            try:
+                ray.get(done[0], timeout=max(1.0, left))
+            except (GetTimeoutError, RayError) as error:
+                raise LearnerError(f"learner rank {rank} of {len(references)} failed in {method}: {error}") from error
+        return list(ray.get(references, timeout=max(1.0, deadline - time.monotonic())))
+
+    def shutdown(self) -> None:
+        """Let the ranks leave their process group, then end their processes, those that hang too."""
+        closing = [actor.close.remote() for actor in self.actors]
+        ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def _start_rank(rank: int, config: LearnerConfig, model_dir: str, temperature: float) -> Any:
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.num_learners)
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    if not config.gpus_per_learner:
+        environment["DS_ACCELERATOR"] = "cpu"
+    options = {
+        # No CPU reserved: learners and engines take turns on the same cores, and a small machine has few.
+        "num_cpus": 0,
+        "num_gpus": config.gpus_per_learner,
+        "runtime_env": {"env_vars": environment},
+        "max_restarts": 0,
+    }
+    return (
+        ray.remote(LearnerActor)
+        .options(**options)
+        .remote(rank, config.num_learners, model_dir, config, temperature)
+    )

@@ -1,0 +1,64 @@
+"""Whole commands: a training run, an evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from ray.exceptions import RayTaskError
+
+from raygym.actors.cluster import http_port
+from raygym.actors.session import Session
+from raygym.actors.trainer import Trainer
+from raygym.config import RunConfig
+from raygym.console import RunConsole
+from raygym.metrics import validation_metrics
+from raygym.run_files import RunFiles
+from raygym.tasks import validation_tasks
+
+
+def train(config: RunConfig, model_dir: str) -> None:
+    """Train a policy; leaves `runs/<name>/`."""
+    port = http_port(config.policy.http)
+    console = RunConsole(config.steps)
+    started = time.monotonic()
+    files = RunFiles(config)
+    console.line(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
+    if files.moved_to is not None:
+        console.line(f"an earlier run of this name was moved to {files.moved_to}")
+    session = Session(config, model_dir, port)
+    try:
+        with console.phase("starting engines, learners and environments"):
+            session.__enter__()
+        console.line(f"ready after {time.monotonic() - started:.0f} s; OpenAI API at {session.url}")
+        summary = Trainer(config, session, files, console).run()
+    finally:
+        with console.phase("stopping"):
+            session.__exit__()
+        files.close()
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    files.summary(summary)
+    rewards = list(summary["validation_reward"].values())
+    if rewards:
+        console.line(f"validation reward {rewards[0]:.3f} -> {rewards[-1]:.3f} after {config.steps} steps")
+    console.line(f"done in {summary['seconds']:.0f} s; see {files.path}")
+
+
+def evaluate(config: RunConfig, model_dir: str) -> None:
+    """Play the validation tasks once with the policy as it is; prints one JSON object."""
+    port = http_port(config.policy.http)
+    tasks = validation_tasks([(env.label, env.weight) for env in config.envs], config.validation.tasks or 64)
+    with Session(config, model_dir, port, learning=False) as session:
+        collected = session.rollouts.validate(tasks, lambda _: None)
+    print(json.dumps({"policy": config.policy.model, "tasks": len(tasks), **validation_metrics(collected)}))
+
+
+def cause(error: BaseException) -> str:
+    """The one line that says why: the last line of what the innermost remote error says."""
+    while True:
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

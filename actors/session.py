@@ -1,0 +1,112 @@
+"""Everything that a run has running: cluster, engines, learners, rollouts. Started together, ended together."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from typing import Any
+
+from raygym.actors import cluster, serving
+from raygym.actors.learner_group import LearnerGroup
+from raygym.actors.rollouts import Rollouts
+from raygym.actors.weight_sync import WeightSync
+from raygym.config import RunConfig
+from raygym.simulate import SimulatedConfig
+
+
+class Session:
+    """A context manager: inside it, everything serves; after it, nothing of it is left, whatever happened."""
+
+    def __init__(self, config: RunConfig, model_dir: str, port: int, *, learning: bool = True) -> None:
+        self._config = config
+        self._model_dir = model_dir
+        self._learning = learning
+        self.port = port
+        self._own_cluster = False
+        self._deployed = False
+        self._learners: LearnerGroup | None = None
+        self._rollouts: Rollouts | None = None
+        self._weights: WeightSync | None = None
+
+    @property
+    def learners(self) -> LearnerGroup:
+        """The learner gang."""
+        assert self._learners is not None, "this session was started without learners"
+        return self._learners
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The rollout manager and its runners."""
+        assert self._rollouts is not None
+        return self._rollouts
+
+    @property
+    def weights(self) -> WeightSync:
+        """The weight group."""
+        assert self._weights is not None, "this session was started without learners"
+        return self._weights
+
+    @property
+    def url(self) -> str:
+        """Base URL of the OpenAI-compatible API."""
+        return f"http://{self._config.policy.http.host}:{self.port}/v1"
+
+    def __enter__(self) -> Session:
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        config = self._config
+        self._own_cluster = cluster.connect()
+        # Engines and learners load side by side: each spends most of its start importing and reading files.
+        pool = ThreadPoolExecutor(1)
+        self._deployed = True
+        deploying = pool.submit(serving.deploy, config.name, config.policy, self._model_dir, self.port)
+        pool.shutdown(wait=False)
+        if self._learning:
+            self._learners = LearnerGroup.launch(config.learner, self._model_dir, config.rollout.temperature)
+        self._rollouts = Rollouts(config, self._model_dir, context_length(config, self._model_dir))
+        self._rollouts.wait_ready(config.policy.startup_timeout_s)
+        engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
+        if self._learning:
+            self.learners.wait_ready()
+            self._weights = WeightSync(config.sync, self.learners, engines, config.policy.replicas)
+            self._weights.connect()
+
+    def _stop(self) -> None:
+        if self._rollouts is not None:
+            self._rollouts.shutdown()
+        if self._learners is not None:
+            self._learners.shutdown()
+        if self._deployed and not self._own_cluster:
+            serving.undeploy(self._config.name)
+        cluster.disconnect(self._own_cluster)
+
+
+def context_length(config: RunConfig, model_dir: str) -> int:
+    """Tokens that fit into the engine's context, prompt and generation together."""
+    if config.policy.engine == "simulated":
+        return SimulatedConfig(**config.policy.simulated).max_model_len
+    if "max_model_len" in config.policy.vllm:
+        return int(config.policy.vllm["max_model_len"])
+    return int(json.loads((Path(model_dir) / "config.json").read_text())["max_position_embeddings"])
+
+
+def _wait_deployed(deploying: Future[Any], timeout_s: float) -> Any:
+    started = time.monotonic()
+    try:
+        return deploying.result(timeout=timeout_s)
+    except FutureTimeout as error:
+        raise TimeoutError(
+            f"the PolicyServer was not ready after {time.monotonic() - started:.0f} s (policy.startup_timeout_s)"
+        ) from error

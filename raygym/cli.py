@@ -1,0 +1,88 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 bad usage or config, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from raygym.config import ConfigError, RunConfig, dump_config, load_config
+
+DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+_OVERRIDES = "key.path=value"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.command == "config":
+            return _check(config)
+        return _run(options.command, config)
+    except ConfigError as error:
+        print(f"raygym: {error}", file=sys.stderr)
+        return BAD_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raygym",
+        description="Train language-model agents by reinforcement learning on Ray.",
+        epilog="example: raygym train configs/demo.yaml learner.lr=1e-5",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("train", "train a policy and write runs/<name>/"),
+        ("eval", "validate a policy on the held-out tasks and print the result as JSON"),
+    ):
+        _with_config(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."), name)
+    config = commands.add_parser("config", help="check a run config", description="Work with run configs.")
+    check = config.add_subparsers(dest="config_command", required=True, metavar="COMMAND").add_parser(
+        "check", help="validate a run config and print it with every default"
+    )
+    _with_config(check, "config check")
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser, command: str) -> None:
+    parser.add_argument("config", help="a YAML run config")
+    parser.add_argument("overrides", nargs="*", metavar=_OVERRIDES, help="change single values of the config")
+    parser.epilog = f"example: raygym {command} configs/demo.yaml seed=1"
+
+
+def _check(config: RunConfig) -> int:
+    prepared = importlib.import_module("raygym.preflight").check_inputs(config)
+    print(dump_config(config), end="")
+    print(f"# policy files: {prepared.model_dir}")
+    return DONE
+
+
+def _run(command: str, config: RunConfig) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    # Ray and the engines take seconds to import: only commands that use them pay, and bad input is told at once.
+    prepared = importlib.import_module("raygym.preflight").check_inputs(config)
+    runs = importlib.import_module("raygym.actors.runs")
+    try:
+        run = runs.train if command == "train" else runs.evaluate
+        run(config, prepared.model_dir)
+    except ConfigError:
+        raise
+    except KeyboardInterrupt:
+        print("raygym: interrupted; everything was stopped", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("RAYGYM_TRACEBACK"):
+            raise
+        print(f"raygym: {command} failed: {runs.cause(error)}", file=sys.stderr)
+        print("raygym: set RAYGYM_TRACEBACK=1 for the whole traceback", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,92 @@
+"""What a run prints: a live line under a growing table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class RunConsole:
+    """Prints a run's progress. Rewards are shown as a sparkline over the steps so far."""
+
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._rewards: list[float] = []
+        self._started = time.monotonic()
+        self._status: Status | None = None
+
+    def line(self, text: str) -> None:
+        """One plain line."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Show what is being waited for. Where the output is no terminal, the phase is one line."""
+        if not self._console.is_terminal:
+            self._console.print(text, markup=False)
+            yield
+            return
+        with self._console.status(Text(text)) as status:
+            self._status = status
+            try:
+                yield
+            finally:
+                self._status = None
+
+    def progress(self, text: str) -> None:
+        """Update the phase's text, in a terminal only."""
+        if self._status is not None:
+            self._status.update(Text(text))
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for a finished step, `step` counted from 1."""
+        self._rewards.append(metrics["reward/mean"])
+        failed = int(sum(value for name, value in metrics.items() if name.startswith("episodes/failed/")))
+        busy = "  ".join(
+            f"{name} {metrics[f'time/{name}_s']:.1f}s" for name in ("generate", "learn", "sync", "validate")
+            if metrics.get(f"time/{name}_s")
+        )
+        rate = metrics["tokens/generated"] / max(metrics["time/generate_s"], 1e-9)
+        parts = [
+            f"step {step:>{len(str(self._steps))}}/{self._steps}",
+            f"reward {metrics['reward/mean']:.3f} {sparkline(self._rewards[-20:])}",
+            busy,
+            f"{rate:.0f} tok/s",
+            f"logprob diff {metrics['policy/logprob_abs_diff']:.1e}",
+            f"failed {failed}",
+            f"eta {_duration(self._eta(step))}",
+        ]
+        self.line("  ".join(parts))
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for a validation after `step` steps."""
+        reward = f"{metrics['val/reward']:.3f}" if "val/reward" in metrics else "none"
+        failed = f"  failed {metrics['val/failed']:.0f}" if metrics["val/failed"] else ""
+        self.line(f"validation after step {step}: reward {reward}{failed}  {metrics['time/validate_s']:.1f}s")
+
+    def _eta(self, step: int) -> float:
+        return (time.monotonic() - self._started) / max(1, step) * (self._steps - step)
+
+    def start_clock(self) -> None:
+        """Start measuring for the ETA: the steps begin now."""
+        self._started = time.monotonic()
+
+
+def sparkline(values: list[float]) -> str:
+    """One block character a value, from the lowest to the highest of them."""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(_SPARKS[round((value - low) / span * (len(_SPARKS) - 1))] for value in values)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

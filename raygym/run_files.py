@@ -1,0 +1,129 @@
+"""What a run leaves in its directory: config, metrics, trajectories, ledger, summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raygym.config import RunConfig, dump_config
+from raygym.schedule import Collected
+from raygym.types import Trajectory
+
+
+class RunFiles:
+    """The writer of one run's directory. Every line is flushed: a killed run loses nothing that was reported."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Create the directory. An earlier run of the same name is moved aside, never overwritten."""
+        self.path = config.run_dir
+        self.moved_to = _move_aside(self.path)
+        (self.path / "trajectories").mkdir(parents=True)
+        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        self._keep_trajectories = config.logging.trajectories
+        self._tensorboard = _tensorboard(self.path) if config.logging.tensorboard else None
+
+    def metrics(self, step: int, scalars: Mapping[str, float | str]) -> None:
+        """Append one step's scalars to metrics.jsonl and TensorBoard."""
+        self._append("metrics.jsonl", {"step": step, **scalars})
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                if not isinstance(value, str):
+                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+
+    def rollouts(self, step: int, collected: Collected, kind: str = "step") -> None:
+        """Write the trajectories of one step or validation."""
+        if self._keep_trajectories:
+            trajectories = [t for group in collected.groups for t in group.trajectories]
+            name = f"trajectories/{kind}_{step:06d}.jsonl"
+            self._append(name, *(trajectory_record(t) for t in trajectories))
+
+    def ledger(self, step: int, collected: Collected) -> None:
+        """Account for every task of a step that was trained: trained once, or dropped with its cause."""
+        trained = [
+            {"step": step, "task": group.task.index, "env": group.task.env, "group_id": group.group_id, "trained": True}
+            for group in collected.groups
+        ]
+        dropped = [
+            {
+                "step": step,
+                "task": drop.task.index,
+                "env": drop.task.env,
+                "group_id": drop.group_id,
+                "trained": False,
+                "cause": drop.cause,
+            }
+            for drop in collected.dropped
+            if drop.task.split == "train"
+        ]
+        self._append("ledger.jsonl", *trained, *dropped)
+
+    def summary(self, result: Mapping[str, Any]) -> None:
+        """Write summary.json, the run's end."""
+        (self.path / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Flush and close TensorBoard's file."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _append(self, name: str, *records: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
+    """One trajectory as JSON: everything needed to read it and to recompute its loss."""
+    return {
+        "env": trajectory.task.env,
+        "task": trajectory.task.index,
+        "seed": trajectory.task.seed,
+        "split": trajectory.task.split,
+        "group_id": trajectory.group_id,
+        "episode": trajectory.episode,
+        "attempt": trajectory.attempt,
+        "status": trajectory.status,
+        "reward": trajectory.reward,
+        "drifted": trajectory.drifted,
+        "messages": list(trajectory.messages),
+        "turns": [
+            {
+                "start": turn.start,
+                "end": turn.end,
+                "reward": turn.reward,
+                "finish_reason": turn.finish_reason,
+                "generate_s": round(turn.generate_s, 4),
+                "env_s": round(turn.env_s, 4),
+            }
+            for turn in trajectory.turns
+        ],
+        "sampling": {"temperature": trajectory.sampling.temperature, "max_tokens": trajectory.sampling.max_tokens},
+        "metrics": trajectory.metrics,
+        "token_ids": trajectory.token_ids.tolist(),
+        "loss_mask": trajectory.loss_mask.astype(int).tolist(),
+        "logprobs": [round(value, 6) for value in trajectory.logprobs.tolist()],
+        "weight_versions": trajectory.weight_versions.tolist(),
+    }
+
+
+def _move_aside(path: Path) -> Path | None:
+    if not path.exists():
+        return None
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    target = path.with_name(f"{path.name}.{stamp}")
+    suffix = 1
+    while target.exists():
+        suffix += 1
+        target = path.with_name(f"{path.name}.{stamp}-{suffix}")
+    path.rename(target)
+    return target
+
+
+def _tensorboard(path: Path) -> Any:
+    # TensorBoard's writer takes a second to import and is optional.
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(str(path / "tensorboard"))

@@ -1,0 +1,235 @@
+"""The EnvRunner: as a plain class with an injected policy, and as an actor in front of a Serve deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray import serve
+from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
+
+from raygym.actors.env_runner import EnvRunner, engine_failure, start_env_runner
+from raygym.config import EnvConfig
+from raygym.env import ChatEnv, EnvError
+from raygym.episode import EpisodeLimits
+from raygym.models import resolve_policy
+from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Generation, Int32Array, Sampling, Task, Trajectory
+
+END = 2
+SAMPLING = Sampling(temperature=1.0, max_tokens=8)
+LIMITS = EpisodeLimits(
+    max_turns=4,
+    max_tokens_per_turn=8,
+    max_model_len=2048,
+    turn_timeout_s=30,
+    step_timeout_s=10,
+    episode_timeout_s=60,
+)
+APP, DEPLOYMENT = "env-runner-test", "FakePolicy"
+SUMS = EnvConfig(id="raygym/Arithmetic-v0", name="sums", kwargs={"ops": ["add"]})
+GUESS = EnvConfig(id="raygym/NumberGuess-v0", name="guess")
+
+
+class Tooled(ChatEnv):
+    tools = ({"type": "function", "function": {"name": "look", "parameters": {}}},)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "Look.", {}
+
+    def step(self, action):
+        return None, 1.0, True, False, {}
+
+
+class Crashes(ChatEnv):
+    """Takes its whole process with it, as a segmentation fault would."""
+
+    def reset(self, *, seed=None, options=None):
+        os._exit(1)
+
+
+def answer(text: str) -> Generation:
+    """`text` in `tiny`'s vocabulary, where digits sit in a row."""
+    ids = np.asarray([*_bytes(text), END], np.int32)
+    return Generation(ids, np.full(len(ids), -0.5, np.float32), np.zeros(len(ids), np.int32), "stop")
+
+
+def _bytes(text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve_policy("tiny")).encode(text, add_special_tokens=False)
+
+
+async def says_ten(prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Generation:
+    return answer("10")
+
+
+def runner(*envs: EnvConfig, generate: Any = says_ten, limits: EpisodeLimits = LIMITS) -> EnvRunner:
+    return EnvRunner(envs, str(resolve_policy("tiny")), limits, run_seed=0, generate=generate)
+
+
+class TestPlainClass:
+    async def test_runs_the_environment_that_the_task_names(self):
+        both = runner(SUMS, GUESS)
+        sums = await both.run_episode(Task(0, "sums", 1), "g0", 0, 0, SAMPLING)
+        guess = await both.run_episode(Task(1, "guess", 1), "g1", 2, 1, SAMPLING)
+        assert sums.status is EpisodeStatus.TERMINATED and sums.reward in (0.2, 1.0)
+        assert guess.status is EpisodeStatus.TERMINATED and guess.metrics["format"] == 1.0
+        assert (guess.group_id, guess.episode, guess.attempt) == ("g1", 2, 1)
+
+    async def test_unknown_environment(self):
+        with pytest.raises(EnvError, match="'chess'.*sums"):
+            await runner(SUMS).run_episode(Task(0, "chess", 1), "g", 0, 0, SAMPLING)
+
+    def test_wrong_environment_is_found_at_the_start(self):
+        with pytest.raises(EnvError, match=r"envs\[\]\.id"):
+            runner(EnvConfig(id="raygym/Nope-v0"))
+        with pytest.raises(EnvError, match=r"envs\[\]\.kwargs"):
+            runner(EnvConfig(id="raygym/NumberGuess-v0", kwargs={"heigh": 3}))
+
+    async def test_ping_counts_running_episodes(self):
+        go = asyncio.Event()
+
+        async def waits(prompt_token_ids, sampling, session_id):
+            await go.wait()
+            return answer("10")
+
+        host = runner(SUMS, generate=waits)
+        episodes = [asyncio.create_task(host.run_episode(Task(0, "sums", 1), "g", i, 0, SAMPLING)) for i in range(3)]
+        await asyncio.sleep(0.2)
+        assert await host.ping() == 3
+        go.set()
+        await asyncio.gather(*episodes)
+        assert await host.ping() == 0
+
+    async def test_tools_of_an_environment(self):
+        host = runner(EnvConfig(id=f"{__name__}:Tooled", name="tooled"), SUMS)
+        assert host._renderers["tooled"] is not host._renderers["sums"]
+        assert (await host.run_episode(Task(0, "tooled", 1), "g", 0, 0, SAMPLING)).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ray.exceptions.ActorDiedError(), FailureKind.ENGINE_LOST),
+        (WorkerCrashedError(), FailureKind.ENGINE_LOST),
+        (RuntimeError("odd"), FailureKind.ENGINE_ERROR),
+        (TaskCancelledError(), FailureKind.CANCELLED),
+        (RayTaskError("f", "tb", EpisodeFailure(FailureKind.ENGINE_TIMEOUT, "late")), FailureKind.ENGINE_TIMEOUT),
+        (RayTaskError("f", "tb", ValueError("odd")), FailureKind.ENGINE_ERROR),
+    ],
+)
+def test_what_serve_errors_mean(error, kind):
+    failure = engine_failure(error)
+    assert failure.kind is kind and failure.detail
+
+
+class FakePolicy:
+    """A deployment whose answer depends on the group: `ok`, `refuse`, `raise`, `die`, `slow`."""
+
+    def __init__(self) -> None:
+        self.cancelled = 0
+        self.answer = answer("10")
+
+    async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Generation:
+        match session_id.partition("-")[0]:
+            case "refuse":
+                raise EpisodeFailure(FailureKind.CONTEXT_OVERFLOW, "too long for me")
+            case "raise":
+                raise ValueError("no such luck")
+            case "die":
+                os._exit(1)
+            case "slow":
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    self.cancelled += 1
+                    raise
+        assert prompt_token_ids.dtype == np.int32 and sampling.seed is not None
+        return self.answer
+
+    async def cancellations(self) -> int:
+        return self.cancelled
+
+
+@pytest.fixture(scope="module")
+def policy(ray_cluster: Any) -> Iterator[Any]:
+    deployment = serve.deployment(
+        FakePolicy,
+        name=DEPLOYMENT,
+        max_ongoing_requests=100,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=1,
+    )
+    yield serve.run(deployment.bind(), name=APP, route_prefix=None)
+    serve.delete(APP)
+
+
+@pytest.fixture(scope="module")
+def actor(policy: Any) -> Iterator[Any]:
+    handle = start_env_runner(
+        [SUMS, GUESS, EnvConfig(id=f"{__name__}:Crashes", name="crashes")],
+        str(resolve_policy("tiny")),
+        EpisodeLimits(**{**{f: getattr(LIMITS, f) for f in LIMITS.__slots__}, "turn_timeout_s": 5.0}),
+        run_seed=0,
+        deployment=DEPLOYMENT,
+        app=APP,
+        max_concurrent=16,
+    )
+    yield handle
+    ray.kill(handle)
+
+
+def run(actor: Any, group_id: str, env: str = "sums", episode: int = 0) -> Trajectory:
+    return ray.get(actor.run_episode.remote(Task(0, env, 3), group_id, episode, 0, SAMPLING), timeout=60)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+class TestActor:
+    def test_episodes_through_serve(self, actor):
+        refs = [actor.run_episode.remote(Task(0, "guess", 3), "ok", i, 0, SAMPLING) for i in range(16)]
+        trajectories = ray.get(refs, timeout=60)
+        assert {t.status for t in trajectories} == {EpisodeStatus.TERMINATED}
+        assert [t.episode for t in trajectories] == list(range(16))
+        assert ray.get(actor.ping.remote(), timeout=10) == 0
+
+    def test_failure_raised_by_the_replica_keeps_its_kind(self, actor):
+        trajectory = run(actor, "refuse")
+        assert (trajectory.failure, trajectory.failure_detail) == (FailureKind.CONTEXT_OVERFLOW, "too long for me")
+
+    def test_other_errors_are_engine_errors(self, actor):
+        trajectory = run(actor, "raise")
+        assert trajectory.failure is FailureKind.ENGINE_ERROR and "no such luck" in trajectory.failure_detail
+
+    def test_deadline_cancels_the_request_in_the_replica(self, actor, policy):
+        assert run(actor, "slow").failure is FailureKind.ENGINE_TIMEOUT
+        deadline = time.monotonic() + 10
+        while (cancelled := policy.cancellations.remote().result(timeout_s=10)) == 0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert cancelled == 1
+
+    def test_dead_replica_is_engine_lost_and_its_successor_serves(self, actor):
+        assert run(actor, "die").failure is FailureKind.ENGINE_LOST
+        deadline = time.monotonic() + 40
+        while (trajectory := run(actor, "ok")).failure and time.monotonic() < deadline:
+            assert trajectory.failure in (FailureKind.ENGINE_LOST, FailureKind.ENGINE_TIMEOUT)
+        assert trajectory.status is EpisodeStatus.TERMINATED
+
+    def test_runner_that_dies_with_its_environment_comes_back(self, actor):
+        with pytest.raises(ray.exceptions.RayActorError):
+            run(actor, "ok", env="crashes")
+        deadline = time.monotonic() + 40
+        while True:
+            try:
+                assert run(actor, "ok").status is EpisodeStatus.TERMINATED
+                return
+            except ray.exceptions.RayActorError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)

@@ -1,0 +1,72 @@
+"""The layering: `raygym/` is pure, `actors/` is the Ray layer, each heavy engine is imported by one file only."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"ray", "vllm", "deepspeed"}
+PURE = sorted(path for path in (ROOT / "raygym").rglob("*.py") if "actors" not in path.relative_to(ROOT).parts)
+ACTORS = sorted((ROOT / "actors").glob("*.py"))
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    """Top-level packages that a file imports, at whatever depth: at its top, in a function, under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PURE, ids=shown)
+def test_pure_modules_name_no_engine(path):
+    assert not HEAVY & set(imported_packages(path))
+
+
+@pytest.mark.parametrize("path", PURE, ids=shown)
+def test_only_the_command_line_reaches_into_the_ray_layer(path):
+    source = ast.parse(path.read_text(encoding="utf-8"))
+    reached = [
+        node
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        if name.startswith("raygym.actors") or (name == "actors")
+    ]
+    if path.name != "cli.py":
+        assert not reached, [node.lineno for node in reached]
+
+
+def test_importing_the_pure_modules_loads_no_engine():
+    names = [module_name(path) for path in PURE if path.name != "__main__.py"]
+    code = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\n"
+    code += f"print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("package", "owner"), [("vllm", "vllm_engine.py"), ("deepspeed", "learner.py")])
+def test_an_engine_is_imported_by_one_file(package, owner):
+    importers = {path.name for path in ACTORS if package in set(imported_packages(path))}
+    assert importers == {owner}
+
+
+def test_actors_are_one_link_away():
+    link = ROOT / "raygym" / "actors"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../actors")
