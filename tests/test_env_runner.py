@@ -84,7 +84,7 @@ class TestPlainClass:
         assert (guess.group_id, guess.episode, guess.attempt) == ("g1", 2, 1)
 
     async def test_unknown_environment(self):
-        with pytest.raises(EnvError, match="'chess'.*sums"):
+        with pytest.raises(EnvError, match=r"'chess'.*sums"):
             await runner(SUMS).run_episode(Task(0, "chess", 1), "g", 0, 0, SAMPLING)
 
     def test_wrong_environment_is_found_at_the_start(self):
