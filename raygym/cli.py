@@ -63,7 +63,9 @@ def _check(config: RunConfig) -> int:
 
 
 def _run(command: str, config: RunConfig) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT too: a shell's background job starts with it ignored, and would then not be stoppable.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     # Ray and the engines take seconds to import: only commands that use them pay, and bad input is told at once.
     prepared = importlib.import_module("raygym.preflight").check_inputs(config)
     runs = importlib.import_module("raygym.actors.runs")

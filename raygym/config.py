@@ -6,6 +6,7 @@ the key, the value found and the value expected.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -247,7 +248,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text; expected a YAML run config") from error
     try:
-        data = yaml.safe_load(text)
+        data = _load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -272,6 +273,19 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 (no dot) as text; YAML 1.2 and everybody who types it mean the number."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     learner = data.get("learner")
     if isinstance(learner, dict) and isinstance(learner.get("betas"), list):
@@ -284,7 +298,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key.path=value, such as learner.lr=1e-6")
     try:
-        value = _parse_value(text)
+        value = _load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     node: Any = data
@@ -299,17 +313,6 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         node[leaf] = value
     else:
         raise ConfigError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
-
-
-def _parse_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    # YAML 1.1 reads 1e-6 (no dot) as text; everybody who types it means the number.
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c.isdigit() for c in value) else value
-        except ValueError:
-            return value
-    return value
 
 
 def _child(node: Any, part: str, override: str) -> Any:

@@ -34,6 +34,7 @@ async def within(awaitable: Awaitable[T], timeout_s: float) -> T:
 
     Raises:
         DeadlineMissed: `timeout_s` seconds have passed; the awaited code was cancelled and is no longer waited for.
+        RuntimeError: the awaited code cancelled itself.
     """
     future = asyncio.ensure_future(awaitable)
     try:
@@ -44,6 +45,9 @@ async def within(awaitable: Awaitable[T], timeout_s: float) -> T:
     if not done:
         _abandon(future)
         raise DeadlineMissed
+    if future.cancelled():
+        # Passing this on as a cancellation would look as if our own caller had given up.
+        raise RuntimeError("it was cancelled from inside")
     return future.result()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ LIMITS = EpisodeLimits(
     step_timeout_s=10,
     episode_timeout_s=60,
 )
+TESTS = Path(__file__).parent
+IMPORTS_THIS_MODULE = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}}
 APP, DEPLOYMENT = "env-runner-test", "FakePolicy"
 SUMS = EnvConfig(id="raygym/Arithmetic-v0", name="sums", kwargs={"ops": ["add"]})
 GUESS = EnvConfig(id="raygym/NumberGuess-v0", name="guess")
@@ -164,7 +167,7 @@ def policy(ray_cluster: Any) -> Iterator[Any]:
         FakePolicy,
         name=DEPLOYMENT,
         max_ongoing_requests=100,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": IMPORTS_THIS_MODULE},
         health_check_period_s=1,
     )
     yield serve.run(deployment.bind(), name=APP, route_prefix=None)
@@ -181,6 +184,7 @@ def actor(policy: Any) -> Iterator[Any]:
         deployment=DEPLOYMENT,
         app=APP,
         max_concurrent=16,
+        runtime_env=IMPORTS_THIS_MODULE,
     )
     yield handle
     ray.kill(handle)
@@ -192,6 +196,7 @@ def run(actor: Any, group_id: str, env: str = "sums", episode: int = 0) -> Traje
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 class TestActor:
     def test_episodes_through_serve(self, actor):
         refs = [actor.run_episode.remote(Task(0, "guess", 3), "ok", i, 0, SAMPLING) for i in range(16)]

@@ -265,6 +265,14 @@ class TestEnvTrouble:
         trajectory = await episode(renderer, env)
         assert (trajectory.failure, trajectory.failure_detail) == (FailureKind.ENV_LOST, "server went away")
 
+    async def test_coroutine_that_cancels_itself(self, renderer):
+        class Cancels(Talk):
+            async def step(self, action):
+                raise asyncio.CancelledError
+
+        trajectory = await episode(renderer, Cancels())
+        assert trajectory.failure is FailureKind.ENV_ERROR and "cancelled from inside" in trajectory.failure_detail
+
     async def test_hanging_step_times_out_and_is_closed_from_outside(self, renderer):
         released = threading.Event()
 

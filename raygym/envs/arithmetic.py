@@ -4,7 +4,7 @@ Data: operands drawn uniformly from [low, high] by the task's seed. A fifth of t
 the pair, is held out for validation; for operations that do not mind the order, both orders are on the same side.
 
 Reward: 1.0 for the right number alone; 0.2 for any other number alone (the format); 0.0 for everything else, also for
-the right number inside a sentence. The system message asks for the format.
+the right number inside a sentence. The question asks for the format.
 
 Scores: a policy that always answers right scores 1.0. For `compare`, one that names either operand at random scores 0.6
 and one that ignores the format 0.0.
@@ -13,6 +13,7 @@ and one that ignores the format 0.0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from raygym.env import ChatEnv
@@ -45,20 +46,12 @@ class Arithmetic(ChatEnv):
             raise ValueError(f"ops: {unknown[0]!r} is unknown; expected some of {', '.join(_OPS)}")
         if isinstance(ops, str) or not ops:
             raise ValueError(f"ops: {ops!r}; expected a list with some of {', '.join(_OPS)}")
-        if high - low < _WIDE_ENOUGH:
-            self._check_narrow(low, high, ops)
+        if lacking := [op for op in ops if high - low < _WIDE_ENOUGH and not _has_both_splits(op, low, high)]:
+            raise ValueError(
+                f"low, high: {low} to {high} leaves {lacking[0]} no tasks for one of the splits; use a wider range"
+            )
         self._low, self._high, self._ops = low, high, tuple(ops)
         self._answer = 0
-
-    @staticmethod
-    def _check_narrow(low: int, high: int, ops: Sequence[str]) -> None:
-        numbers = range(low, high + 1)
-        for op in ops:
-            sides = {held_out(*_key(op, a, b)) for a in numbers for b in numbers if _allowed(op, a, b)}
-            if len(sides) < 2:
-                raise ValueError(
-                    f"low, high: {low} to {high} leaves {op} no tasks for training or for validation; use a wider range"
-                )
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Ask one question of the split."""
@@ -86,3 +79,9 @@ def _allowed(op: str, a: int, b: int) -> bool:
 
 def _key(op: str, a: int, b: int) -> tuple[str, int, int]:
     return (op, a, b) if op == "sub" else (op, min(a, b), max(a, b))
+
+
+@cache
+def _has_both_splits(op: str, low: int, high: int) -> bool:
+    numbers = range(low, high + 1)
+    return len({held_out(*_key(op, a, b)) for a in numbers for b in numbers if _allowed(op, a, b)}) == 2

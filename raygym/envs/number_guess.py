@@ -17,6 +17,7 @@ Scores with the defaults, averaged over 20,000 seeds of each split (train / vali
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 from raygym.env import ChatEnv
@@ -42,21 +43,10 @@ class NumberGuess(ChatEnv):
         if attempts < 1:
             raise ValueError(f"attempts: {attempts}; expected at least 1")
         self._low, self._high, self._attempts = low, high, attempts
-        if high - low < _WIDE_ENOUGH and len({held_out(*task_range) for task_range in self._ranges()}) < 2:
+        if high - low < _WIDE_ENOUGH and not _has_both_splits(low, high):
             raise ValueError(f"low, high: {low} to {high} has no range left for validation; expected a wider one")
         self._first = self._last = self._secret = 0
         self._size = self._used = self._valid = 0
-
-    def _ranges(self) -> list[tuple[int, int]]:
-        narrowest = self._narrowest()
-        return [
-            (first, last)
-            for first in range(self._low, self._high + 1)
-            for last in range(first + narrowest - 1, self._high + 1)
-        ]
-
-    def _narrowest(self) -> int:
-        return (self._high - self._low + 2) // 2
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -66,13 +56,13 @@ class NumberGuess(ChatEnv):
         while True:
             ends = self.np_random.integers(self._low, self._high + 1, size=2)
             first, last = int(ends.min()), int(ends.max())
-            if last - first + 1 >= self._narrowest() and in_split(options, first, last):
+            if last - first + 1 >= _narrowest(self._low, self._high) and in_split(options, first, last):
                 break
         self._first, self._last, self._size = first, last, last - first + 1
         self._secret = int(self.np_random.integers(first, last + 1))
         self._used = self._valid = 0
-        system: Message = {"role": "system", "content": "Reply with one number only."}
-        user: Message = {"role": "user", "content": f"Guess my number from {first} to {last}."}
+        system: Message = {"role": "system", "content": "Answer with one number."}
+        user: Message = {"role": "user", "content": f"Pick a number from {first} to {last}. Answer with the number only."}
         return [system, user], {"first": first, "last": last, "secret": self._secret}
 
     def step(self, action: Message) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -86,7 +76,7 @@ class NumberGuess(ChatEnv):
         if self._used == self._attempts:
             reward = 0.5 * math.log(self._size / (self._last - self._first + 1)) / math.log(self._size)
             return f"The number was {self._secret}.", reward, True, False, self._info(solved=False)
-        return f"{feedback}Answer with one number from {self._first} to {self._last}.", 0.0, False, False, {}
+        return f"{feedback}Pick a number from {self._first} to {self._last}.", 0.0, False, False, {}
 
     def _narrow(self, guess: int | None) -> str:
         if guess is None:
@@ -105,3 +95,14 @@ class NumberGuess(ChatEnv):
                 "format": self._valid / self._used,
             }
         }
+
+
+def _narrowest(low: int, high: int) -> int:
+    return (high - low + 2) // 2
+
+
+@cache
+def _has_both_splits(low: int, high: int) -> bool:
+    size = _narrowest(low, high)
+    ranges = ((first, last) for first in range(low, high + 1) for last in range(first + size - 1, high + 1))
+    return len({held_out(first, last) for first, last in ranges}) == 2

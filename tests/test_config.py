@@ -1,0 +1,107 @@
+"""The run config: what it accepts, and that what it refuses is told in one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raygym.config import ConfigError, dump_config, load_config, parse_config
+
+MINIMAL: dict[str, Any] = {
+    "name": "t",
+    "steps": 2,
+    "policy": {"model": "tiny"},
+    "envs": [{"id": "raygym/NumberGuess-v0"}],
+}
+
+
+def write(tmp_path: Path, data: Any) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("configs/*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert load_config(path).steps > 0
+
+
+def test_a_dumped_config_reads_back_equal(tmp_path: Path) -> None:
+    config = parse_config({**MINIMAL, "learner": {"betas": [0.8, 0.9], "lr": 1e-5}})
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("learner.lr=1e-6", lambda c: c.learner.lr, 1e-6),
+        ("learner.deepspeed.zero_optimization.stage=2", lambda c: c.learner.zero_stage, 2),
+        ("envs.0.kwargs.high=50", lambda c: c.envs[0].kwargs["high"], 50),
+        ("policy.vllm={max_model_len: 64}", lambda c: c.policy.vllm, {"max_model_len": 64}),
+        ("name=3d-run", lambda c: c.name, "3d-run"),
+        ("policy.model=org/model=x", lambda c: c.policy.model, "org/model=x"),
+    ],
+)
+def test_overrides(tmp_path: Path, override: str, read: Any, expected: Any) -> None:
+    assert read(load_config(write(tmp_path, MINIMAL), [override])) == expected
+
+
+def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    text = yaml.safe_dump(MINIMAL) + "learner: {lr: 2e-5}\n"
+    assert load_config(write(tmp_path, text)).learner.lr == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"foo": 1}, ["foo", "unknown key", "expected one of", "rollout"]),
+        ({"learner": {"lrr": 1e-6}}, ["learner.lrr", "unknown key", "lr"]),
+        ({"envs": [{"id": "x", "wait": 1}]}, ["envs.0.wait", "unknown key", "weight"]),
+        ({"policy": {"model": "tiny", "http": {"prot": 1}}}, ["policy.http.prot", "unknown key", "port"]),
+        ({"steps": "three"}, ["steps", "integer", "'three'"]),
+        ({"steps": -1}, ["steps", "greater than or equal to 0"]),
+        ({"learner": {"lr": 0}}, ["learner.lr", "greater than 0"]),
+        ({"learner": {"num_learners": 7}}, ["learner.num_learners", "does not divide", "divisor of 64"]),
+        ({"learner": {"mini_batches": 3}}, ["learner.mini_batches", "rollout.groups_per_step 8"]),
+        ({"learner": {"deepspeed": {"train_batch_size": 8}}}, ["learner.deepspeed.train_batch_size", "remove it"]),
+        ({"learner": {"deepspeed": {"zero_optimization": {"stage": 4}}}}, ["zero_optimization", "0, 1, 2 or 3"]),
+        ({"policy": {"model": "tiny", "vllm": {"generation_config": "auto"}}}, ["policy.vllm.generation_config"]),
+        ({"policy": {}}, ["policy.model", "missing"]),
+        ({"envs": []}, ["envs", "at least 1"]),
+        ({"envs": [{"id": "a"}, {"id": "a"}]}, ["envs", "name"]),
+        ({"name": "a/b"}, ["name", "folder"]),
+        ({"rollout": None}, ["rollout", "None"]),
+    ],
+)
+def test_bad_values_are_told_by_key(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, **change})
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [", ["not valid YAML"]), ("just text", ["mapping"]), ("", ["mapping"])],
+)
+def test_bad_files(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert all(word in str(caught.value) for word in ["run.yaml", *words])
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_config(path)
+
+
+@pytest.mark.parametrize("override", ["learner.lr", "=1", "name.x.y=1", "envs.4.id=x", "envs.x=1", "steps=[", "learner.lr=x"])
+def test_bad_overrides(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path, MINIMAL), [override])
