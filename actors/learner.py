@@ -157,7 +157,7 @@ class LearnerActor:
             "logprob_abs_diff_max": worst.item(),
             "tokens_trained": float(trained),
             "tokens_total": tokens,
-            "padding_fraction": 1 - tokens / cells,
+            "padding_fraction": 1 - tokens / cells if cells else 0.0,
             "seconds": time.monotonic() - started,
         }
 

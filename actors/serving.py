@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -11,7 +13,8 @@ from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
 from raygym.actors.policy_server import DEPLOYMENT, PolicyServer
-from raygym.config import PolicyConfig
+from raygym.config import ConfigError, PolicyConfig
+from raygym.simulate import SimulatedConfig
 
 # The engine and the learner share the cores of a CPU machine and rarely work at the same time.
 _CPU_ENGINE_ENV = {
@@ -20,6 +23,7 @@ _CPU_ENGINE_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 _CPU_ENGINE_OPTIONS: dict[str, Any] = {"enforce_eager": True, "dtype": "float32"}
+_CPU_BATCH_TOKENS = 4096
 _EVERY_ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -41,11 +45,32 @@ def engine_environment(config: PolicyConfig) -> dict[str, str]:
     return {key: os.environ.get(key, value) for key, value in environment.items()}
 
 
-def with_engine_defaults(config: PolicyConfig) -> PolicyConfig:
-    """The config with vLLM options that suit a CPU, where the user set none and no GPU is used."""
+def context_length(config: PolicyConfig, model_dir: str) -> int:
+    """Tokens that fit into the engine's context, prompt and generation together."""
+    if config.engine == "simulated":
+        return SimulatedConfig(**config.simulated).max_model_len
+    if "max_model_len" in config.vllm:
+        return int(config.vllm["max_model_len"])
+    return int(json.loads((Path(model_dir) / "config.json").read_text())["max_position_embeddings"])
+
+
+def with_engine_defaults(config: PolicyConfig, model_dir: str) -> PolicyConfig:
+    """The config with vLLM options that suit a CPU, where the user set none and no GPU is used.
+
+    Raises:
+        ConfigError: chunked prefill was asked for on a CPU.
+    """
     if config.engine != "vllm" or config.gpus_per_replica > 0:
         return config
-    return config.model_copy(update={"vllm": {**_CPU_ENGINE_OPTIONS, **config.vllm}})
+    if config.vllm.get("enable_chunked_prefill"):
+        raise ConfigError(
+            "policy.vllm.enable_chunked_prefill: must be false on CPU, where vLLM's engine dies when it cuts the prompt "
+            "of a seeded request into chunks (PyTorch's CPU generator has no offset to rewind)"
+        )
+    # Without chunks a whole prompt has to fit into one batch.
+    batch = max(_CPU_BATCH_TOKENS, context_length(config, model_dir))
+    options = {**_CPU_ENGINE_OPTIONS, "max_num_batched_tokens": batch, **config.vllm, "enable_chunked_prefill": False}
+    return config.model_copy(update={"vllm": options})
 
 
 def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> DeploymentHandle:
@@ -79,7 +104,7 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=1,
     )
-    application = deployment.bind(with_engine_defaults(config), model_dir)
+    application = deployment.bind(with_engine_defaults(config, model_dir), model_dir)
     return serve.run(application, name=app_name(run_name), route_prefix="/")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from pathlib import Path
 from typing import Any
 
 from raygym.actors import cluster, serving
@@ -14,7 +12,6 @@ from raygym.actors.learner_group import LearnerGroup
 from raygym.actors.rollouts import Rollouts
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import RunConfig
-from raygym.simulate import SimulatedConfig
 
 
 class Session:
@@ -75,7 +72,7 @@ class Session:
         pool.shutdown(wait=False)
         if self._learning:
             self._learners = LearnerGroup.launch(config.learner, self._model_dir, config.rollout.temperature)
-        self._rollouts = Rollouts(config, self._model_dir, context_length(config, self._model_dir))
+        self._rollouts = Rollouts(config, self._model_dir, serving.context_length(config.policy, self._model_dir))
         self._rollouts.wait_ready(config.policy.startup_timeout_s)
         engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
         if self._learning:
@@ -91,15 +88,6 @@ class Session:
         if self._deployed and not self._own_cluster:
             serving.undeploy(self._config.name)
         cluster.disconnect(self._own_cluster)
-
-
-def context_length(config: RunConfig, model_dir: str) -> int:
-    """Tokens that fit into the engine's context, prompt and generation together."""
-    if config.policy.engine == "simulated":
-        return SimulatedConfig(**config.policy.simulated).max_model_len
-    if "max_model_len" in config.policy.vllm:
-        return int(config.policy.vllm["max_model_len"])
-    return int(json.loads((Path(model_dir) / "config.json").read_text())["max_position_embeddings"])
 
 
 def _wait_deployed(deploying: Future[Any], timeout_s: float) -> Any:

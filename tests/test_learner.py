@@ -108,7 +108,7 @@ def plain_updates(model_dir: Path, sequences: list[TrainSequence], updates: int)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (update + 1) / cfg.warmup_steps)
         optimizer.step()
-        losses.append(float(total))
+        losses.append(total.item())
     trained = sum(int(s.loss_mask.sum()) for s in sequences)
     return model, norms, sum(losses[-2:]) / trained
 

@@ -23,7 +23,7 @@ LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "llm", "llama-c
 
 def reachable(report: dict[str, Any]) -> list[str]:
     """`name==version` of everything that the requested packages need once LEFT_OUT is not followed."""
-    packages = {canonicalize_name(item["metadata"]["name"]): item for item in report["install"]}
+    packages: dict[str, Any] = {canonicalize_name(item["metadata"]["name"]): item for item in report["install"]}
     extras: dict[str, set[str]] = {}
     queue = [(name, set(item.get("requested_extras", []))) for name, item in packages.items() if item["requested"]]
     while queue:
