@@ -6,8 +6,8 @@ BENCHMARKS := rollout serving learner weight_sync end_to_end
 # `make bench BENCH_ARGS=--quick` for a short run.
 BENCH_ARGS ?=
 
-# DeepSpeed looks for ninja on the PATH.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+# DeepSpeed looks for ninja on the PATH; last, for the reason given in tools/setup.py.
+export PATH := $(PATH):$(CURDIR)/$(BIN)
 
 .PHONY: setup demo test test-pure lint bench clean
 

@@ -94,13 +94,14 @@ class LearnerActor:
         self._reference = TokenLogprobs(self._load_policy()) if config.kl_coef else None
         model = TokenLogprobs(self.policy)
         check_model(model)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
+        # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
+        optimizer.state.clear()
 
     def _load_policy(self) -> Any:
-        policy = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))
+        policy: Any = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))
         # eval: dropout would make the learner's logprobs differ from the engines'.
         return policy.to(self._device).eval()
 

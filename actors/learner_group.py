@@ -104,8 +104,4 @@ def _start_rank(rank: int, config: LearnerConfig, model_dir: str, temperature: f
         "runtime_env": {"env_vars": environment},
         "max_restarts": 0,
     }
-    return (
-        ray.remote(LearnerActor)
-        .options(**options)
-        .remote(rank, config.num_learners, model_dir, config, temperature)
-    )
+    return ray.remote(LearnerActor).options(**options).remote(rank, config.num_learners, model_dir, config, temperature)

@@ -8,6 +8,7 @@ import time
 from ray.exceptions import RayTaskError
 
 from raygym.actors.cluster import http_port
+from raygym.actors.serving import with_engine_defaults
 from raygym.actors.session import Session
 from raygym.actors.trainer import Trainer
 from raygym.config import RunConfig
@@ -19,7 +20,7 @@ from raygym.tasks import validation_tasks
 
 def train(config: RunConfig, model_dir: str) -> None:
     """Train a policy; leaves `runs/<name>/`."""
-    port = http_port(config.policy.http)
+    config, port = _prepared(config, model_dir)
     console = RunConsole(config.steps)
     started = time.monotonic()
     files = RunFiles(config)
@@ -46,11 +47,16 @@ def train(config: RunConfig, model_dir: str) -> None:
 
 def evaluate(config: RunConfig, model_dir: str) -> None:
     """Play the validation tasks once with the policy as it is; prints one JSON object."""
-    port = http_port(config.policy.http)
+    config, port = _prepared(config, model_dir)
     tasks = validation_tasks([(env.label, env.weight) for env in config.envs], config.validation.tasks or 64)
     with Session(config, model_dir, port, learning=False) as session:
         collected = session.rollouts.validate(tasks, lambda _: None)
     print(json.dumps({"policy": config.policy.model, "tasks": len(tasks), **validation_metrics(collected)}))
+
+
+def _prepared(config: RunConfig, model_dir: str) -> tuple[RunConfig, int]:
+    policy = with_engine_defaults(config.policy, model_dir)
+    return config.model_copy(update={"policy": policy}), http_port(policy.http)
 
 
 def cause(error: BaseException) -> str:

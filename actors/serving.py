@@ -78,7 +78,7 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
 
     Args:
         run_name: names the Serve application.
-        config: `policy`.
+        config: `policy`, with `with_engine_defaults` applied.
         model_dir: the policy's files, on every node.
         port: where HTTP listens, on `policy.http.host`.
 
@@ -104,7 +104,7 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=1,
     )
-    application = deployment.bind(with_engine_defaults(config, model_dir), model_dir)
+    application = deployment.bind(config, model_dir)
     return serve.run(application, name=app_name(run_name), route_prefix="/")
 
 

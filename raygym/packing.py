@@ -2,9 +2,9 @@
 
 A micro-batch is B rows of L tokens. A row holds one or more whole sequences, one after the other; positions restart at
 0 with each, from which Transformers builds a block-diagonal mask (none at all where every row holds one sequence:
-then causality alone keeps the padding at a row's end out of sight). Attention costs L times what a token's linear
-layers cost, so rows are short, at most twice the longest sequence or 512 tokens: one row of everything was 1.4 times
-slower on CPU at 2,048 tokens. Shorter sequences fill the gaps, so there is next to no padding.
+then causality alone keeps the padding at a row's end out of sight). A token's attention
+costs in proportion to L, so rows are short: at most twice the longest sequence, or 512 tokens. Shorter sequences fill
+the gaps, so there is next to no padding.
 
 Legend: B rows, L tokens a row, N trained tokens of the micro-batch.
 """
@@ -101,7 +101,7 @@ def _fill_rows(lengths: Sequence[int], budget: int | None = None) -> list[list[i
     """
     if not lengths:
         return []
-    # Up to 512 tokens attention costs next to nothing beside the linear layers, masked or not.
+    # Up to 512 tokens attention is a small part of a layer's arithmetic, masked or not.
     limit = max(2 * lengths[0], _CHEAP_ROW)
     best: list[list[int]] = []
     best_fill = 0.0

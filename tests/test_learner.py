@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from test_packing import make_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,7 +121,13 @@ def whole_weights(group: LearnerGroup, path: Path) -> dict[str, torch.Tensor]:
     ("stage", "ranks", "budget"), [(0, 1, 64), (0, 2, 10_000), (1, 2, 64), (2, 2, 64), (3, 1, 10_000), (3, 2, 64)]
 )
 def test_updates_equal_plain_pytorch(
-    stage: int, ranks: int, budget: int, ray_cluster: None, model_dir: Path, sequences: list[TrainSequence], tmp_path: Path
+    stage: int,
+    ranks: int,
+    budget: int,
+    ray_cluster: None,
+    model_dir: Path,
+    sequences: list[TrainSequence],
+    tmp_path: Path,
 ) -> None:
     expected, norms, loss = plain_updates(model_dir, sequences, updates=4)
     with learners(config(stage, ranks, budget), model_dir) as group:
@@ -140,7 +145,7 @@ def test_updates_equal_plain_pytorch(
     moved = 0.0
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(weights[name], parameter, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-        moved = max(moved, float((parameter - start.get_parameter(name)).abs().max()))
+        moved = max(moved, (parameter - start.get_parameter(name)).abs().max().item())
     assert moved > 1e-3, "the updates changed nothing: nothing was compared"
     assert all(spec == [(n, tuple(p.shape)) for n, p in start.named_parameters()] for spec in specs)
     assert stats["grad_norm"] == pytest.approx(sum(norms[2:]) / 2, rel=1e-4)
@@ -162,9 +167,7 @@ def pair(ray_cluster: None, model_dir: Path) -> Iterator[LearnerGroup]:
 
 def test_first_stats_are_the_difference_to_the_engine(pair: LearnerGroup, sequences: list[TrainSequence]) -> None:
     current = pair.token_logprobs(sequences)
-    differences = np.concatenate(
-        [(s.logprobs - now)[s.loss_mask] for s, now in zip(sequences, current, strict=True)]
-    )
+    differences = np.concatenate([(s.logprobs - now)[s.loss_mask] for s, now in zip(sequences, current, strict=True)])
     stats = pair.update(sequences)
     assert stats["logprob_abs_diff"] == pytest.approx(np.abs(differences).mean(), rel=1e-4)
     assert stats["logprob_abs_diff_max"] == pytest.approx(np.abs(differences).max(), rel=1e-4)
@@ -210,19 +213,24 @@ def test_saved_directory_is_whole_and_replaces_an_older_one(pair: LearnerGroup, 
 
 
 def test_a_failing_rank_is_named(pair: LearnerGroup, tmp_path: Path) -> None:
-    with pytest.raises(LearnerError, match=r"learner rank \d of 2 failed in weight_spec"):
-        pair.call_all("weight_specs", "unexpected argument", timeout_s=30)
+    with pytest.raises(LearnerError, match=r"learner rank \d of 2 failed in weight_manifest"):
+        pair.call_all("weight_manifest", "not a number of bytes", timeout_s=30)
     with pytest.raises(LearnerError, match=r"rank 0, 1 of 2 did not finish ping within 0 s"):
         pair.call_all("ping", timeout_s=0)
     assert pair.call_all("ping", timeout_s=30) == [0, 1]
 
 
-def test_bfloat16_learns(ray_cluster: None, model_dir: Path, sequences: list[TrainSequence]) -> None:
-    with learners(config(2, 1, dtype="bfloat16"), model_dir) as group:
-        first = group.update(sequences)
-        later = [group.update(sequences) for _ in range(4)]
-    assert all(np.isfinite(list(stats.values())).all() for stats in [first, *later])
-    assert later[-1]["loss"] < first["loss"]
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_follows_float32(
+    stage: int, ray_cluster: None, model_dir: Path, sequences: list[TrainSequence]
+) -> None:
+    # Coarse, but a first step of 0.73 of its size (which DeepSpeed takes by itself at stage 0) is 25 % off.
+    _, norms, loss = plain_updates(model_dir, sequences, updates=4)
+    with learners(config(stage, 1, dtype="bfloat16"), model_dir) as group:
+        group.update(sequences)
+        stats = group.update(sequences)
+    assert stats["loss"] == pytest.approx(loss, rel=0.1)
+    assert stats["grad_norm"] == pytest.approx(sum(norms[2:]) / 2, rel=0.15)
 
 
 def test_a_missing_policy_is_an_error_that_names_the_rank(ray_cluster: None, tmp_path: Path) -> None:
@@ -232,4 +240,3 @@ def test_a_missing_policy_is_an_error_that_names_the_rank(ray_cluster: None, tmp
             group.wait_ready()
     finally:
         group.shutdown()
-        assert not ray.is_initialized() or ray.cluster_resources()

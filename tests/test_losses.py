@@ -51,9 +51,7 @@ def test_clipped_loss_equals_a_token_by_token_reference(
         if counts:
             expected -= min(ratio * advantage, clipped * advantage)
             count += clipped * advantage < ratio * advantage
-    logprobs, behaviour_T, advantages = (
-        torch.tensor([t[i] for t in tokens], dtype=torch.float64) for i in range(3)
-    )
+    logprobs, behaviour_T, advantages = (torch.tensor([t[i] for t in tokens], dtype=torch.float64) for i in range(3))
     mask = torch.tensor([t[3] for t in tokens])
     loss, clip_count = clipped_token_loss(logprobs, behaviour_T, advantages, mask, low, high)
     assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)

@@ -69,7 +69,7 @@ def test_packed_logprobs_equal_those_of_each_sequence_alone_on_smollm2() -> None
     model = AutoModelForCausalLM.from_pretrained(resolve_policy("smollm2-135m-instruct"), dtype=torch.float32).eval()
     with torch.no_grad():
         logprobs, _ = TokenLogprobs(model)(pack(SEQUENCES), TEMPERATURE)
-    # 49k logits of magnitude 20 in fp32: rounding alone reaches a few 1e-5.
+    # Rounding: 4.3e-5 in fp32, while the same comparison in fp64 gave 1.4e-14.
     np.testing.assert_allclose(logprobs, one_by_one(model, SEQUENCES), atol=5e-5)
 
 

@@ -274,8 +274,10 @@ def _run_in_venv(arguments: list[str], failure: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    ninja_on_path = f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": ninja_on_path, "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    # DeepSpeed looks for ninja on the PATH. The environment's own comes last: versions of ninja hash a command
+    # differently, so the op must be compiled with the one that a plain `.venv/bin/raygym` finds, or it compiles again.
+    path = f"{os.environ.get('PATH', '')}{os.pathsep}{VENV / 'bin'}"
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
 def _last_line(text: str) -> str:

@@ -21,7 +21,8 @@ def group_normalized(rewards_G: Sequence[float]) -> Float32Array:
     rewards = np.asarray(rewards_G, dtype=np.float64)
     if len(rewards) < 2 or np.all(rewards == rewards[0]):
         return np.zeros(len(rewards), dtype=np.float32)
-    return ((rewards - rewards.mean()) / (rewards.std(ddof=1) + EPSILON)).astype(np.float32)
+    advantages_G: Float32Array = ((rewards - rewards.mean()) / (rewards.std(ddof=1) + EPSILON)).astype(np.float32)
+    return advantages_G
 
 
 def leave_one_out_baseline(rewards_G: Sequence[float]) -> Float32Array:
@@ -35,7 +36,8 @@ def leave_one_out_baseline(rewards_G: Sequence[float]) -> Float32Array:
     rewards = np.asarray(rewards_G, dtype=np.float64)
     if len(rewards) < 2:
         raise ValueError(f"a leave-one-out baseline needs a group of at least 2 episodes, found {len(rewards)}")
-    return ((rewards.sum() - rewards) / (len(rewards) - 1)).astype(np.float32)
+    baselines_G: Float32Array = ((rewards.sum() - rewards) / (len(rewards) - 1)).astype(np.float32)
+    return baselines_G
 
 
 def overlong_penalized(

@@ -1,0 +1,87 @@
+"""Bad input at the command line: exit code 2 and one line that names the key, never a traceback."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from raygym.cli import main
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs" / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["learner.lrr=1"], ["learner.lrr", "unknown key", "lr"]),
+        (["steps=soon"], ["steps", "integer", "'soon'"]),
+        (["learner.num_learners=3"], ["learner.num_learners", "divisor of 16"]),
+        (["policy.model=/no/such/dir"], ["policy.model", "/no/such/dir"]),
+        (["policy.model=tinny"], ["policy.model", "tinny", "smollm2-135m-instruct"]),
+        (["envs.0.id=raygym/NumberGues-v0"], ["envs.0", "raygym/NumberGues-v0", "raygym/NumberGuess-v0"]),
+        (["envs.0.kwargs.hihg=3"], ["envs.0", "kwargs", "hihg"]),
+        (["envs.0.id=no_such_module:Env"], ["envs.0", "no_such_module"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    overrides: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "check", TINY, *overrides]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "Traceback" not in output.err
+    for word in words:
+        assert word in output.err
+
+
+def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["config"]])
+def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: raygym" in capsys.readouterr().err
+
+
+def test_a_good_config_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", TINY, "learner.lr=2e-6"]) == 0
+    output = capsys.readouterr().out
+    assert "lr: 2.0e-06" in output
+    assert "max_replaced_groups: 16" in output
+
+
+@pytest.mark.ray
+def test_a_port_in_use_is_told_before_anything_starts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["train", TINY, f"policy.http.port={port}", f"runs_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "policy.http.port" in error
+    assert str(port) in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("policy.vllm.enable_chunked_prefill=true", ["policy.vllm.enable_chunked_prefill", "must be false on CPU"]),
+    ],
+)
+def test_engine_options_that_cannot_work_are_told_before_anything_starts(
+    override: str, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["train", TINY, override, f"runs_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
+    assert list(tmp_path.iterdir()) == []

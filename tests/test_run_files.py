@@ -1,0 +1,120 @@
+"""What a run leaves behind, and the scalars computed from its rollouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from raygym.algorithms.advantages import group_normalized
+from raygym.batch import train_sequences
+from raygym.config import RunConfig, load_config, parse_config
+from raygym.console import RunConsole, sparkline
+from raygym.metrics import rollout_metrics, validation_metrics
+from raygym.run_files import RunFiles
+from raygym.schedule import Collected, Dropped
+from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
+
+
+def trajectory(task: Task, episode: int, reward: float, *, version: int = 3, turns: int = 2) -> Trajectory:
+    length = 4 * turns
+    mask = np.tile([False, False, True, True], turns)
+    return Trajectory(
+        task=task,
+        group_id=f"train-{task.index}",
+        episode=episode,
+        attempt=0,
+        status=EpisodeStatus.TERMINATED,
+        token_ids=np.arange(length, dtype=np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask, -0.5, 0.0).astype(np.float32),
+        weight_versions=np.where(mask, version, -1).astype(np.int32),
+        turns=tuple(Turn(4 * i + 2, 4 * i + 4, reward / turns, "stop", 0.1, 0.01) for i in range(turns)),
+        reward=reward,
+        messages=({"role": "user", "content": "hi"},),
+        sampling=Sampling(),
+        drifted=episode == 1,
+    )
+
+
+def collected() -> Collected:
+    tasks = [Task(0, "a", 5), Task(1, "b", 6)]
+    groups = tuple(
+        Group(f"train-{task.index}", task, tuple(trajectory(task, e, rewards[e]) for e in range(2)))
+        for task, rewards in zip(tasks, [(0.0, 1.0), (0.5, 0.5)], strict=True)
+    )
+    return Collected(groups, (Dropped(Task(2, "a", 7), "train-2", "env_error: boom"),), {"env_error": 4})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    data = {"name": "t", "steps": 1, "runs_dir": str(tmp_path), "policy": {"model": "tiny"}, "envs": [{"id": "a"}]}
+    return parse_config(data)
+
+
+def test_rollout_metrics() -> None:
+    metrics = rollout_metrics(collected(), version=4)
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/mean/a"] == metrics["reward/mean/b"] == 0.5
+    assert metrics["tokens/generated"] == 16
+    assert metrics["tokens/drift_rate"] == 0.5
+    assert metrics["policy/staleness_max"] == 1
+    assert metrics["episodes/failed/env_error"] == 4
+    assert (metrics["groups/dropped"], metrics["groups/without_spread"]) == (1, 1)
+
+
+def test_a_failed_validation_task_is_no_reward_of_zero() -> None:
+    assert validation_metrics(collected())["val/reward"] == 0.5
+    nothing = validation_metrics(Collected((), collected().dropped, {}))
+    assert nothing == {"val/failed": 1}
+
+
+def test_train_sequences_carry_their_groups_advantage() -> None:
+    sequences = train_sequences(collected().groups, group_normalized)
+    assert np.allclose([s.advantage for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
+
+
+def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> None:
+    for expected in (None, "t."):
+        files = RunFiles(config)
+        assert (files.moved_to is None) == (expected is None)
+        files.metrics(1, {"reward/mean": 0.25, "sync/checksum": "abc"})
+        files.rollouts(1, collected())
+        files.ledger(1, collected())
+        files.summary({"steps": 1})
+        files.close()
+    assert load_config(files.path / "config.yaml") == config
+    assert json.loads((files.path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "reward/mean": 0.25,
+        "sync/checksum": "abc",
+    }
+    records = [json.loads(line) for line in (files.path / "trajectories/step_000001.jsonl").read_text().splitlines()]
+    assert [record["reward"] for record in records] == [0.0, 1.0, 0.5, 0.5]
+    assert records[0]["loss_mask"] == [0, 0, 1, 1] * 2
+    ledger = [json.loads(line) for line in (files.path / "ledger.jsonl").read_text().splitlines()]
+    assert [(line["task"], line["trained"]) for line in ledger] == [(0, True), (1, True), (2, False)]
+    assert ledger[2]["cause"] == "env_error: boom"
+    events = EventAccumulator(str(files.path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("reward/mean")] == [0.25]
+    assert files.moved_to is not None
+    assert (files.moved_to / "metrics.jsonl").is_file()
+
+
+def test_the_console_prints_plain_lines_where_there_is_no_terminal() -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115
+    run = RunConsole(2, console)
+    times = {"time/generate_s": 2.0, "time/learn_s": 1.0, "time/sync_s": 0.5, "policy/logprob_abs_diff": 1e-6}
+    run.step(1, rollout_metrics(collected(), 3) | times)
+    line = console.export_text()
+    for word in ("step 1/2", "reward 0.500", "generate 2.0s", "learn 1.0s", "8 tok/s", "failed 4"):
+        assert word in line
+
+
+def test_sparkline() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([0.3, 0.3]) == "▁▁"
