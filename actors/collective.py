@@ -13,12 +13,14 @@ from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
+import torch.distributed
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.util import collective
 from ray.util.collective import types
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 
+# Typed as Any: the stubs of torch.distributed lack the store and process-group classes that it exports.
+dist: Any = torch.distributed
 BACKEND = "RAYGYM"
 _NAMESPACE = b"raygym-collective"
 _REDUCE_OPS = {
@@ -47,16 +49,16 @@ class GlooGroup(BaseGroup):
         store = dist.PrefixStore(group_name, self._tcp_store)
         self._group = dist.ProcessGroupGloo(store, rank, world_size, self._deadline)
 
-    def _open_store(self) -> dist.TCPStore:
+    def _open_store(self) -> Any:
         host = ray.util.get_node_ip_address()
         store = dist.TCPStore(host, 0, is_master=True, timeout=self._deadline, wait_for_workers=False)
         record = json.dumps({"host": host, "port": store.port}).encode()
         _internal_kv_put(self._key, record, overwrite=True, namespace=_NAMESPACE)
         return store
 
-    def _find_store(self) -> dist.TCPStore:
+    def _find_store(self) -> Any:
         deadline = time.monotonic() + self.timeout_s
-        while (record := _internal_kv_get(self._key, namespace=_NAMESPACE)) is None:
+        while not (record := _internal_kv_get(self._key, namespace=_NAMESPACE)):
             if time.monotonic() > deadline:
                 raise CollectiveTimeout(
                     f"group {self.group_name}: rank 0 (the learner) did not open its store within {self.timeout_s} s"
@@ -74,7 +76,7 @@ class GlooGroup(BaseGroup):
     @classmethod
     def check_backend_availability(cls) -> bool:
         """Whether this build of PyTorch has gloo."""
-        return dist.is_gloo_available()
+        return bool(dist.is_gloo_available())
 
     def destroy_group(self) -> None:
         """Close the connections; rank 0 also removes the key by which it was found."""
@@ -145,7 +147,7 @@ def join_group(group_name: str, rank: int, world_size: int, timeout_s: float) ->
         collective.register_collective_backend(BACKEND, GlooGroup)
     GlooGroup.timeout_s = timeout_s
     try:
-        collective.init_collective_group(world_size, rank, BACKEND, group_name)
+        collective.init_collective_group(world_size, rank, types.Backend(BACKEND), group_name)
     except RuntimeError as error:
         raise CollectiveTimeout(
             f"group {group_name}: member {rank} of {world_size} could not connect to the others "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -81,6 +82,8 @@ class LearnerActor:
         if not config.gpus_per_learner:
             os.environ["DS_ACCELERATOR"] = "cpu"
         # Imported here: it takes seconds, the driver needs only this class, and it picks its accelerator on import.
+        # DeepSpeed looks for ninja on the PATH; last, since another version of ninja would compile everything again.
+        os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
         import deepspeed
 
         self._deepspeed = deepspeed
@@ -126,7 +129,8 @@ class LearnerActor:
 
         Returns:
             Of all ranks together: `loss`, `entropy`, `kl` (mean of behaviour - current logprob: k1 of the engine's
-            policy to this one), `reference_kl` (k3; 0 without kl_coef) and `clip_fraction`, means over trained tokens;
+            policy to this one), `reference_kl` (k3; 0 without kl_coef) and `clip_fraction`, means over trained tokens
+            (`loss`: over all generated tokens; without a KL term, sequences of advantage 0 are not computed at all);
             `grad_norm` (before clipping, mean of the updates) and `lr` (of the last); `logprob_abs_diff` and
             `logprob_abs_diff_max`, |learner - engine| over the trained tokens of the first mini-batch, so with the
             very weights that sampled if the batch is on-policy; `tokens_trained`, `tokens_total`,
@@ -136,22 +140,25 @@ class LearnerActor:
         # loss ... clip_fraction, |diff|, tokens, cells; reduced over ranks once, at the end.
         totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
         worst = torch.zeros((), dtype=torch.float64, device=self._device)
-        trained, first_trained, norms = 0, 0, []
+        loss_tokens, trained, first_trained, norms = 0, 0, 0, []
         for number, part in enumerate(np.array_split(np.arange(len(sequences)), self.config.mini_batches)):
             mini_batch = [sequences[index] for index in part]
             count = sum(int(sequence.loss_mask.sum()) for sequence in mini_batch)
-            sums, differences = self._accumulate_gradients(mini_batch, count)
+            computed = self._with_signal(mini_batch)
+            sums, differences = self._accumulate_gradients(computed, count)
             totals += sums
+            loss_tokens += count
+            trained += (with_gradient := sum(int(sequence.loss_mask.sum()) for sequence in computed))
             if number == 0:
                 totals[len(_SUMS)] = differences.sum()
-                worst, first_trained = differences.amax(), count
+                worst, first_trained = differences.amax(), with_gradient
             norms.append(self._step())
-            trained += count
         dist.all_reduce(totals)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         *sums_, difference, tokens, cells = totals.tolist()
         return {
             **{name: value / max(1, trained) for name, value in zip(_SUMS, sums_, strict=True)},
+            "loss": sums_[0] / max(1, loss_tokens),
             "grad_norm": sum(norms) / len(norms),
             "lr": self._lr(self._updates - 1),
             "logprob_abs_diff": difference / max(1, first_trained),
@@ -161,6 +168,13 @@ class LearnerActor:
             "padding_fraction": 1 - tokens / cells if cells else 0.0,
             "seconds": time.monotonic() - started,
         }
+
+    def _with_signal(self, mini_batch: list[TrainSequence]) -> list[TrainSequence]:
+        # Without a KL term, an advantage of 0 gives a gradient of exactly 0: nothing need be computed for it. One is
+        # kept where none has signal, so that every rank still steps and the engine is still compared.
+        if self.config.kl_coef:
+            return mini_batch
+        return [sequence for sequence in mini_batch if sequence.advantage != 0.0] or mini_batch[:1]
 
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
         lengths = [len(sequence.token_ids) for sequence in sequences]
@@ -301,5 +315,6 @@ class LearnerActor:
 
     def close(self) -> None:
         """Leave the gang. All ranks at once; nothing works afterwards."""
+        leave_group(self._weight_group)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -48,7 +48,8 @@ async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
 class PolicyServer:
     """One replica: an engine, and its membership in the group that carries weights."""
 
-    async def __init__(self, config: PolicyConfig, model_dir: str) -> None:
+    # Serve awaits a constructor that is a coroutine: the engine needs the replica's event loop.
+    async def __init__(self, config: PolicyConfig, model_dir: str) -> None:  # type: ignore[misc]
         self._model_dir = model_dir
         self._engine = await start_engine(config, model_dir)
         self._request_ids = itertools.count()

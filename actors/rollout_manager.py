@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -74,7 +74,7 @@ class RolloutManager:
         """One line on what is going on; an answer means that the event loop is alive."""
         return self._scheduler.describe()
 
-    async def _wait(self, collected: Any) -> Collected:
+    async def _wait(self, collected: Callable[[], Collected | None]) -> Collected:
         self._fill()
         while True:
             if self._stopped is not None:
@@ -109,7 +109,7 @@ class RolloutManager:
         self._changed.set()
 
     async def _call(self, runner: ActorHandle[Any], assignment: Assignment) -> Trajectory | EpisodeFailure:
-        reference = runner.run_episode.remote(
+        reference: Any = runner.run_episode.remote(
             assignment.task,
             assignment.group_id,
             assignment.episode,
@@ -119,10 +119,10 @@ class RolloutManager:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), self._deadline_s)
         except asyncio.CancelledError:
-            ray.cancel(reference)
+            _cancel(reference)
             raise
         except TimeoutError:
-            ray.cancel(reference)
+            _cancel(reference)
             return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner did not answer within {self._deadline_s} s")
         except TaskCancelledError:
             return EpisodeFailure(FailureKind.CANCELLED, "its group was given up")
@@ -130,3 +130,8 @@ class RolloutManager:
             return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner died: {str(error).splitlines()[0]}")
         except RayError as error:
             return EpisodeFailure(FailureKind.ENV_ERROR, f"its EnvRunner raised: {error}")
+
+
+def _cancel(reference: Any) -> None:
+    # Its result no longer matters, whether or not the runner still gets the message.
+    ray.cancel(reference)

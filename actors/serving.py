@@ -65,8 +65,8 @@ def with_engine_defaults(config: PolicyConfig, model_dir: str) -> PolicyConfig:
         return config
     if config.vllm.get("enable_chunked_prefill"):
         raise ConfigError(
-            "policy.vllm.enable_chunked_prefill: must be false on CPU, where vLLM's engine dies when it cuts the prompt "
-            "of a seeded request into chunks (PyTorch's CPU generator has no offset to rewind)"
+            "policy.vllm.enable_chunked_prefill: must be false on CPU, where vLLM's engine dies when it cuts the "
+            "prompt of a seeded request into chunks (PyTorch's CPU generator has no offset to rewind)"
         )
     # Without chunks a whole prompt has to fit into one batch.
     batch = max(_CPU_BATCH_TOKENS, context_length(config, model_dir))
@@ -74,7 +74,7 @@ def with_engine_defaults(config: PolicyConfig, model_dir: str) -> PolicyConfig:
     return config.model_copy(update={"vllm": options})
 
 
-def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> DeploymentHandle:
+def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> DeploymentHandle[Any]:
     """Deploy all replicas and wait until they serve.
 
     Args:
@@ -93,7 +93,8 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
         "num_gpus": config.gpus_per_replica,
         "runtime_env": {"env_vars": engine_environment(config)},
     }
-    deployment = serve.deployment(
+    # Ray's stubs take `deployment` for a bare decorator.
+    deployment: Any = serve.deployment(
         PolicyServer,
         name=DEPLOYMENT,
         num_replicas=config.replicas,
@@ -109,7 +110,9 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
     return serve.run(application, name=app_name(run_name), route_prefix="/")
 
 
-def broadcast(handle: DeploymentHandle, method: str, args: Sequence[Any], replicas: int, timeout_s: float) -> list[Any]:
+def broadcast(
+    handle: DeploymentHandle[Any], method: str, args: Sequence[Any], replicas: int, timeout_s: float
+) -> list[Any]:
     """Call a method on every replica and wait for all answers.
 
     Raises:

@@ -70,7 +70,9 @@ def _tied_names(model: torch.nn.Module) -> dict[str, list[str]]:
 class VLLMEngine:
     """An `Engine` over vLLM's AsyncLLM, in the event loop in which it was made."""
 
-    def __init__(self, model_dir: str, served_name: str, stop_token_ids: Sequence[int], options: dict[str, Any]) -> None:
+    def __init__(
+        self, model_dir: str, served_name: str, stop_token_ids: Sequence[int], options: dict[str, Any]
+    ) -> None:
         """Start vLLM; blocks for its whole start-up.
 
         Args:
@@ -112,8 +114,8 @@ class VLLMEngine:
         )
         prompt = TokensPrompt(prompt_token_ids=prompt_token_ids.tolist())
         final = None
-        async for final in self._llm.generate(prompt, params, request_id):
-            pass
+        async for output in self._llm.generate(prompt, params, request_id):
+            final = output
         if final is None or final.outputs[0].finish_reason not in _FINISH_REASONS:
             reason = final.outputs[0].finish_reason if final else "nothing"
             raise EngineError(f"vLLM ended request {request_id} with {reason!r}, expected one of stop, length")
@@ -147,7 +149,7 @@ class VLLMEngine:
             EngineError: vLLM's workers ended up with different weights. An error inside vLLM's reload is fatal to
                 the engine, whose replica must then be replaced.
         """
-        checksums = await self._llm.collective_rpc("raygym_load_weights", args=(path,))
+        checksums: list[str] = await self._llm.collective_rpc("raygym_load_weights", args=(path,))
         if len(set(checksums)) != 1:
             raise EngineError(f"vLLM's workers loaded different weights: checksums {checksums}")
         self.weights_checksum = checksums[0]

@@ -277,13 +277,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-6 (no dot) as text; YAML 1.2 and everybody who types it mean the number."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
 )
 
 
 def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:

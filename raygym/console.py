@@ -51,7 +51,8 @@ class RunConsole:
         self._rewards.append(metrics["reward/mean"])
         failed = int(sum(value for name, value in metrics.items() if name.startswith("episodes/failed/")))
         busy = "  ".join(
-            f"{name} {metrics[f'time/{name}_s']:.1f}s" for name in ("generate", "learn", "sync", "validate")
+            f"{name} {metrics[f'time/{name}_s']:.1f}s"
+            for name in ("generate", "learn", "sync", "validate")
             if metrics.get(f"time/{name}_s")
         )
         rate = metrics["tokens/generated"] / max(metrics["time/generate_s"], 1e-9)

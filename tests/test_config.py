@@ -101,7 +101,9 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
             load_config(path)
 
 
-@pytest.mark.parametrize("override", ["learner.lr", "=1", "name.x.y=1", "envs.4.id=x", "envs.x=1", "steps=[", "learner.lr=x"])
+@pytest.mark.parametrize(
+    "override", ["learner.lr", "=1", "name.x.y=1", "envs.4.id=x", "envs.x=1", "steps=[", "learner.lr=x"]
+)
 def test_bad_overrides(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError):
         load_config(write(tmp_path, MINIMAL), [override])

@@ -62,7 +62,10 @@ class NumberGuess(ChatEnv):
         self._secret = int(self.np_random.integers(first, last + 1))
         self._used = self._valid = 0
         system: Message = {"role": "system", "content": "Answer with one number."}
-        user: Message = {"role": "user", "content": f"Pick a number from {first} to {last}. Answer with the number only."}
+        user: Message = {
+            "role": "user",
+            "content": f"Pick a number from {first} to {last}. Answer with the number only.",
+        }
         return [system, user], {"first": first, "last": last, "secret": self._secret}
 
     def step(self, action: Message) -> tuple[str, float, bool, bool, dict[str, Any]]:

@@ -1,0 +1,146 @@
+"""`raygym train` as a user runs it: in processes of its own, started, finished, interrupted, submitted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "raygym"]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    # Each command starts its own cluster; one that pytest runs inside, if any, must not be joined.
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return inherited | changes
+
+
+def leftovers(before: set[int]) -> list[str]:
+    """Processes of Ray, raygym or vLLM that were not there before, once those that are ending have ended."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = []
+        for process in psutil.process_iter(["pid", "name", "cmdline", "status"]):
+            text = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+            ours = any(word in text for word in ("raygym", "ray::", "raylet", "gcs_server", "VLLM"))
+            if ours and process.pid not in before and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {text[:120]}")
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+SIMULATED = ["policy.engine=simulated", "checkpoint.save_final=false"]
+
+
+def test_with_the_simulated_engine_failures_are_retried_and_never_rewards(tmp_path: Path) -> None:
+    before = set(psutil.pids())
+    done = subprocess.run(
+        [*COMMAND, "train", "configs/tiny.yaml", f"runs_dir={tmp_path}", *SIMULATED, "policy.simulated.error_rate=0.1"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = rows(tmp_path / "tiny")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    assert sum(row.get("episodes/failed/engine_error", 0) for row in metrics) > 0
+    assert all(row["episodes/completed"] == 16 for row in metrics[1:])
+    ledger = [json.loads(line) for line in (tmp_path / "tiny/ledger.jsonl").read_text().splitlines()]
+    assert sorted(line["task"] for line in ledger) == list(range(len(ledger)))
+    assert sum(line["trained"] for line in ledger) == 12
+    assert leftovers(before) == []
+
+
+def test_interrupted_it_stops_everything(tmp_path: Path) -> None:
+    before = set(psutil.pids())
+    arguments = ["train", "configs/tiny.yaml", f"runs_dir={tmp_path}", *SIMULATED, "steps=100000", "validation.tasks=0"]
+    with subprocess.Popen(
+        [*COMMAND, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert leftovers(before) == []
+
+
+def test_an_environment_that_always_fails_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import raygym\n\n\nclass Broken(raygym.ChatEnv):\n"
+        "    def reset(self, *, seed=None, options=None):\n        raise OSError('no database')\n"
+    )
+    done = subprocess.run(
+        [*COMMAND, "train", str(ROOT / "configs/tiny.yaml"), *SIMULATED, "envs.0={id: 'broken:Broken'}"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "broken:Broken" in done.stderr
+    assert "no database" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A local `ray start --head` with a dashboard, on ports and in a directory of its own."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    ray = str(Path(sys.executable).parent / "ray")
+    with tempfile.TemporaryDirectory(prefix="rg", ignore_cleanup_errors=True) as directory:
+        process = subprocess.Popen(
+            [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--temp-dir={directory}",
+             f"--dashboard-port={ports[1]}", "--disable-usage-stats"],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            yield {"ray": ray, "dashboard": f"http://127.0.0.1:{ports[1]}"}
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+@pytest.mark.vllm
+def test_train_directly_and_as_a_submitted_job_give_the_same_run(head: dict[str, str], tmp_path: Path) -> None:
+    run = subprocess.run(
+        [*COMMAND, "train", "configs/tiny.yaml", f"runs_dir={tmp_path}/direct"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    job = subprocess.run(
+        [head["ray"], "job", "submit", "--address", head["dashboard"], "--working-dir", ".", "--",
+         sys.executable, "-m", "raygym", "train", "configs/tiny.yaml", f"runs_dir={tmp_path}/job"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
+    direct, submitted = rows(tmp_path / "direct/tiny"), rows(tmp_path / "job/tiny")
+    assert [row["step"] for row in submitted] == [row["step"] for row in direct] == [0, 1, 2, 3]
+    for a, b in zip(direct, submitted, strict=True):
+        assert a.get("val/reward") == b.get("val/reward")
+    assert all(row["policy/logprob_abs_diff_max"] < 1e-3 for row in direct[1:])
+    summary = json.loads((tmp_path / "direct/tiny/summary.json").read_text())
+    assert summary["policy_version"] == 3
+    assert direct[-1]["sync/checksum"] == summary["weights_checksum"]
+    assert (tmp_path / "direct/tiny/checkpoints/latest").read_text().strip() == "step_000003"
