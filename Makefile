@@ -2,7 +2,7 @@
 # PYTHON=/path/to/python3.11 chooses the interpreter of the virtual environment.
 PYTHON ?=
 BIN := .venv/bin
-BENCHMARKS := rollout serving learner weight_sync end_to_end
+BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 # `make bench BENCH_ARGS=--quick` for a short run.
 BENCH_ARGS ?=
 
@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	@set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_ARGS); done
+	@set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file $(BENCH_ARGS); done
 
 # Leaves .venv and runs/ alone.
 clean:

@@ -31,12 +31,14 @@ def train(config: RunConfig, model_dir: str) -> None:
     try:
         with console.phase("starting engines, learners and environments"):
             session.__enter__()
-        console.line(f"ready after {time.monotonic() - started:.0f} s; OpenAI API at {session.url}")
+        ready_s = time.monotonic() - started
+        console.line(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
         summary = Trainer(config, session, files, console).run()
     finally:
         with console.phase("stopping"):
             session.__exit__()
         files.close()
+    summary["ready_s"] = round(ready_s, 1)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.summary(summary)
     rewards = list(summary["validation_reward"].values())

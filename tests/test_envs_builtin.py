@@ -36,7 +36,7 @@ def play(env: NumberGuess, policy: GuessPolicy, seed: int, split: str) -> float:
         if terminated:
             return reward
         assert reward == 0
-        found = re.search(r"Answer with one number from (\d+) to (\d+)\.$", observation)
+        found = re.search(r"Pick a number from (\d+) to (\d+)\.$", observation)
         assert found, observation
         low, high = int(found[1]), int(found[2])
 
@@ -99,7 +99,7 @@ class TestNumberGuess:
         env = NumberGuess(attempts=2)
         env.reset(seed=0)
         before = env.step(say(99))[0]
-        assert before.startswith("99 is too high. Answer with one number from")
+        assert before.startswith("99 is too high. Pick a number from")
         assert env.step(say(-5))[1] == 0.0
 
     def test_splits_share_no_range_and_both_vary(self):
@@ -118,8 +118,8 @@ class TestNumberGuess:
     def test_prompt(self):
         observation, info = NumberGuess().reset(seed=5)
         assert observation == [
-            {"role": "system", "content": "Reply with one number only."},
-            {"role": "user", "content": f"Guess my number from {info['first']} to {info['last']}."},
+            {"role": "system", "content": "Answer with one number."},
+            {"role": "user", "content": f"Pick a number from {info['first']} to {info['last']}. Answer with the number only."},
         ]
 
     @pytest.mark.parametrize("kwargs", [{"low": 1, "high": 5}, {"attempts": 0}])
