@@ -55,7 +55,8 @@ class RunConsole:
             for name in ("generate", "learn", "sync", "validate")
             if metrics.get(f"time/{name}_s")
         )
-        rate = metrics["tokens/generated"] / max(metrics["time/generate_s"], 1e-9)
+        # Over the whole step: what is generated while something else is waited for counts where it was used.
+        rate = metrics["tokens/generated"] / max(metrics["time/step_s"], 1e-9)
         parts = [
             f"step {step:>{len(str(self._steps))}}/{self._steps}",
             f"reward {metrics['reward/mean']:.3f} {sparkline(self._rewards[-20:])}",

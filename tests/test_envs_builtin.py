@@ -119,7 +119,10 @@ class TestNumberGuess:
         observation, info = NumberGuess().reset(seed=5)
         assert observation == [
             {"role": "system", "content": "Answer with one number."},
-            {"role": "user", "content": f"Pick a number from {info['first']} to {info['last']}. Answer with the number only."},
+            {
+                "role": "user",
+                "content": f"Pick a number from {info['first']} to {info['last']}. Answer with the number only.",
+            },
         ]
 
     @pytest.mark.parametrize("kwargs", [{"low": 1, "high": 5}, {"attempts": 0}])

@@ -108,10 +108,16 @@ def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> 
 def test_the_console_prints_plain_lines_where_there_is_no_terminal() -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115
     run = RunConsole(2, console)
-    times = {"time/generate_s": 2.0, "time/learn_s": 1.0, "time/sync_s": 0.5, "policy/logprob_abs_diff": 1e-6}
+    times = {
+        "time/step_s": 4.0,
+        "time/generate_s": 2.0,
+        "time/learn_s": 1.0,
+        "time/sync_s": 0.5,
+        "policy/logprob_abs_diff": 1e-6,
+    }
     run.step(1, rollout_metrics(collected(), 3) | times)
     line = console.export_text()
-    for word in ("step 1/2", "reward 0.500", "generate 2.0s", "learn 1.0s", "8 tok/s", "failed 4"):
+    for word in ("step 1/2", "reward 0.500", "generate 2.0s", "learn 1.0s", "4 tok/s", "failed 4"):
         assert word in line
 
 

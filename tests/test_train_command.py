@@ -28,16 +28,17 @@ def environment(**changes: str) -> dict[str, str]:
     return inherited | changes
 
 
-def leftovers(before: set[int]) -> list[str]:
-    """Processes of Ray, raygym or vLLM that were not there before, once those that are ending have ended."""
+def leftovers(mark: str) -> list[str]:
+    """Processes started by a command with this mark in its environment, once those that are ending have ended."""
     deadline = time.monotonic() + 20
     while True:
         found = []
-        for process in psutil.process_iter(["pid", "name", "cmdline", "status"]):
-            text = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-            ours = any(word in text for word in ("raygym", "ray::", "raylet", "gcs_server", "VLLM"))
-            if ours and process.pid not in before and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {text[:120]}")
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("RAYGYM_TEST") == mark:
+                    found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+            except psutil.Error:
+                continue  # it has ended, is a zombie, or is not ours to read
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.5)
@@ -51,10 +52,9 @@ SIMULATED = ["policy.engine=simulated", "checkpoint.save_final=false"]
 
 
 def test_with_the_simulated_engine_failures_are_retried_and_never_rewards(tmp_path: Path) -> None:
-    before = set(psutil.pids())
     done = subprocess.run(
         [*COMMAND, "train", "configs/tiny.yaml", f"runs_dir={tmp_path}", *SIMULATED, "policy.simulated.error_rate=0.1"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500,
+        cwd=ROOT, env=environment(RAYGYM_TEST=str(tmp_path)), capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = rows(tmp_path / "tiny")
@@ -64,14 +64,18 @@ def test_with_the_simulated_engine_failures_are_retried_and_never_rewards(tmp_pa
     ledger = [json.loads(line) for line in (tmp_path / "tiny/ledger.jsonl").read_text().splitlines()]
     assert sorted(line["task"] for line in ledger) == list(range(len(ledger)))
     assert sum(line["trained"] for line in ledger) == 12
-    assert leftovers(before) == []
+    assert leftovers(str(tmp_path)) == []
 
 
 def test_interrupted_it_stops_everything(tmp_path: Path) -> None:
-    before = set(psutil.pids())
     arguments = ["train", "configs/tiny.yaml", f"runs_dir={tmp_path}", *SIMULATED, "steps=100000", "validation.tasks=0"]
     with subprocess.Popen(
-        [*COMMAND, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env=environment(RAYGYM_TEST=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -82,7 +86,7 @@ def test_interrupted_it_stops_everything(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "interrupted" in error
     assert "Traceback" not in error
-    assert leftovers(before) == []
+    assert leftovers(str(tmp_path)) == []
 
 
 def test_an_environment_that_always_fails_ends_the_run_with_its_name(tmp_path: Path) -> None:

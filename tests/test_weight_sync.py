@@ -69,7 +69,7 @@ def deployed(model: str, replicas: int, run_name: str) -> Iterator[Engines]:
     serve.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def two_tiny(ray_cluster: None) -> Iterator[Engines]:
     yield from deployed("tiny", 2, "two-tiny")
 
@@ -130,35 +130,34 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int) -> 
         learners.shutdown()
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_learner_and_two_replicas_agree_after_every_sync(two_tiny: Engines, ranks: int, stage: int) -> None:
-    config = LearnerConfig(num_learners=ranks, lr=1e-2, deepspeed={"zero_optimization": {"stage": stage}})
-    update_and_compare(two_tiny, config, syncs=2)
+class TestTwoTinyReplicas:
+    @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+    def test_learner_and_two_replicas_agree_after_every_sync(self, two_tiny: Engines, ranks: int, stage: int) -> None:
+        config = LearnerConfig(num_learners=ranks, lr=1e-2, deepspeed={"zero_optimization": {"stage": stage}})
+        update_and_compare(two_tiny, config, syncs=2)
 
+    def test_a_seeded_batch_larger_than_one_prefill_does_not_kill_the_engine(self, two_tiny: Engines) -> None:
+        # 40 x 300 tokens do not fit into one scheduling step; with chunked prefill vLLM's CPU engine died of a seeded
+        # request whose prompt was cut ("CPU Generator does not use offset").
+        answers = two_tiny.sample(prompts(40, length=300), max_tokens=4)
+        assert len(answers) == 40
+        again = two_tiny.sample(prompts(40, length=300), max_tokens=4)
+        same = [np.array_equal(a.token_ids, b.token_ids) for a, b in zip(answers, again, strict=True)]
+        assert np.mean(same) > 0.9, "seeded generations repeat"
 
-def test_a_seeded_batch_larger_than_one_prefill_does_not_kill_the_engine(two_tiny: Engines) -> None:
-    # 40 x 300 tokens do not fit into one scheduling step; with chunked prefill vLLM's CPU engine died of a seeded
-    # request whose prompt was cut ("CPU Generator does not use offset").
-    answers = two_tiny.sample(prompts(40, length=300), max_tokens=4)
-    assert len(answers) == 40
-    again = two_tiny.sample(prompts(40, length=300), max_tokens=4)
-    same = [np.array_equal(a.token_ids, b.token_ids) for a, b in zip(answers, again, strict=True)]
-    assert np.mean(same) > 0.9, "seeded generations repeat"
-
-
-def test_the_openai_api_is_served_beside_the_handle(two_tiny: Engines) -> None:
-    with urllib.request.urlopen(two_tiny.url("/health"), timeout=30) as response:
-        assert response.status == 200
-    with urllib.request.urlopen(two_tiny.url("/v1/models"), timeout=30) as response:
-        assert json.load(response)["data"][0]["id"] == "tiny"
-    messages = [{"role": "user", "content": "hi"}]
-    chat = two_tiny.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "max_tokens": 4})
-    assert chat["choices"][0]["message"]["role"] == "assistant"
-    completion = two_tiny.post(
-        "/v1/completions", {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, "return_token_ids": True}
-    )
-    assert len(completion["choices"][0]["token_ids"]) == completion["usage"]["completion_tokens"]
-    assert two_tiny.post("/tokenize", {"model": "tiny", "prompt": "abc"})["count"] == 3
+    def test_the_openai_api_is_served_beside_the_handle(self, two_tiny: Engines) -> None:
+        with urllib.request.urlopen(two_tiny.url("/health"), timeout=30) as response:
+            assert response.status == 200
+        with urllib.request.urlopen(two_tiny.url("/v1/models"), timeout=30) as response:
+            assert json.load(response)["data"][0]["id"] == "tiny"
+        messages = [{"role": "user", "content": "hi"}]
+        chat = two_tiny.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "max_tokens": 4})
+        assert chat["choices"][0]["message"]["role"] == "assistant"
+        completion = two_tiny.post(
+            "/v1/completions", {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, "return_token_ids": True}
+        )
+        assert len(completion["choices"][0]["token_ids"]) == completion["usage"]["completion_tokens"]
+        assert two_tiny.post("/tokenize", {"model": "tiny", "prompt": "abc"})["count"] == 3
 
 
 def test_a_tied_model_agrees_after_every_sync(smollm2: Engines) -> None:
