@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from typing import Any
 
 import ray
-from ray import serve
 
 from raygym.config import ConfigError, HttpConfig
 
 
-def connect() -> bool:
-    """Join the cluster of `RAY_ADDRESS`, or start one on this machine. Returns whether it is our own.
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS`, or start one on this machine, which then ends with this process.
 
     Actors get the driver's working directory as a place to import environments from.
     """
+    # Serve tells the driver about every start and stop; the console does that in fewer words.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -28,18 +30,14 @@ def connect() -> bool:
             # A submitted job brings its own working directory; its runtime_env may not be given twice.
             options.pop("runtime_env")
         ray.init(address="auto", **options)
-        return False
-    ray.init(address="local", include_dashboard=False, **options)
-    return True
-
-
-def disconnect(own: bool) -> None:
-    """Leave the cluster; end it, Serve included, where it is our own."""
-    if not ray.is_initialized():
         return
-    if own:
-        serve.shutdown()
-    ray.shutdown()
+    ray.init(address="local", include_dashboard=False, **options)
+
+
+def disconnect() -> None:
+    """Leave the cluster, which ends it where it is our own."""
+    if ray.is_initialized():
+        ray.shutdown()
 
 
 def http_port(http: HttpConfig) -> int:

@@ -108,8 +108,8 @@ class RolloutManager:
         self._fill()
         self._changed.set()
 
-    async def _call(self, runner: ActorHandle[Any], assignment: Assignment) -> Trajectory | EpisodeFailure:
-        reference: Any = runner.run_episode.remote(
+    async def _call(self, runner: Any, assignment: Assignment) -> Trajectory | EpisodeFailure:
+        reference = runner.run_episode.remote(
             assignment.task,
             assignment.group_id,
             assignment.episode,

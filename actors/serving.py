@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from raygym.actors.policy_server import DEPLOYMENT, PolicyServer
@@ -130,5 +131,8 @@ def broadcast(
 
 
 def undeploy(run_name: str) -> None:
-    """Remove the application and wait until its replicas are gone."""
-    serve.delete(app_name(run_name), _blocking=True)
+    """Remove the application and wait until its replicas, and the engines' processes with them, are gone."""
+    try:
+        serve.delete(app_name(run_name), _blocking=True)
+    except RayServeException:
+        return  # Serve was never started: there is nothing to remove

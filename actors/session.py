@@ -22,7 +22,6 @@ class Session:
         self._model_dir = model_dir
         self._learning = learning
         self.port = port
-        self._own_cluster = False
         self._deployed = False
         self._learners: LearnerGroup | None = None
         self._rollouts: Rollouts | None = None
@@ -64,7 +63,7 @@ class Session:
 
     def _start(self) -> None:
         config = self._config
-        self._own_cluster = cluster.connect()
+        cluster.connect()
         # Engines and learners load side by side: each spends most of its start importing and reading files.
         pool = ThreadPoolExecutor(1)
         self._deployed = True
@@ -85,9 +84,9 @@ class Session:
             self._rollouts.shutdown()
         if self._learners is not None:
             self._learners.shutdown()
-        if self._deployed and not self._own_cluster:
+        if self._deployed:
             serving.undeploy(self._config.name)
-        cluster.disconnect(self._own_cluster)
+        cluster.disconnect()
 
 
 def _wait_deployed(deploying: Future[Any], timeout_s: float) -> Any:
