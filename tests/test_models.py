@@ -202,7 +202,9 @@ def test_command_line_prints_the_path_or_one_line(tiny_dir, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_smollm2_answers_a_sum():
     directory = resolve_policy("smollm2-135m-instruct")
     assert stop_token_ids(directory) == (2,)

@@ -64,7 +64,9 @@ def test_packed_logprobs_equal_those_of_each_sequence_alone(
     assert ((entropies > 0) & (entropies <= np.log(259) + 1e-5)).all()
 
 
+@pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_packed_logprobs_equal_those_of_each_sequence_alone_on_smollm2() -> None:
     model = AutoModelForCausalLM.from_pretrained(resolve_policy("smollm2-135m-instruct"), dtype=torch.float32).eval()
     with torch.no_grad():
