@@ -171,7 +171,8 @@ def policy(ray_cluster: Any) -> Iterator[Any]:
         health_check_period_s=1,
     )
     yield serve.run(deployment.bind(), name=APP, route_prefix=None)
-    serve.delete(APP)
+    # Not only the application: a Serve that goes on keeps its HTTP port, and later tests need their own.
+    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
