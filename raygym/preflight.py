@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from raygym.config import ConfigError, RunConfig
+from raygym.engine_options import check_engine_options
 from raygym.env import EnvError, make_env
 from raygym.models import ModelError, resolve_policy
 
@@ -27,6 +28,7 @@ def check_inputs(config: RunConfig) -> Prepared:
     if os.getcwd() not in sys.path:
         # `module:Class` environments of the user's live where the command is run.
         sys.path.insert(0, os.getcwd())
+    check_engine_options(config.policy)
     for index, env in enumerate(config.envs):
         try:
             make_env(env.id, env.kwargs)

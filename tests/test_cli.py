@@ -23,6 +23,10 @@ TINY = str(ROOT / "configs" / "tiny.yaml")
         (["policy.model=tinny"], ["policy.model", "tinny", "smollm2-135m-instruct"]),
         (["envs.0.id=raygym/NumberGues-v0"], ["envs.0", "raygym/NumberGues-v0", "raygym/NumberGuess-v0"]),
         (["envs.0.kwargs.hihg=3"], ["envs.0", "kwargs", "hihg"]),
+        (["policy.vllm.max_modellen=512"], ["policy.vllm.max_modellen", "max_model_len"]),
+        (["policy.vllm.max_model_len=long"], ["policy.vllm.max_model_len", "integer", "'long'"]),
+        (["policy.simulated.turn_latency=1"], ["policy.simulated.turn_latency", "turn_latency_s"]),
+        (["policy.simulated.error_rate=2"], ["policy.simulated.error_rate", "less than or equal to 1"]),
         (["envs.0.id=no_such_module:Env"], ["envs.0", "no_such_module"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Engines:
         return answer
 
 
-def deployed(model: str, replicas: int, run_name: str) -> Iterator[Engines]:
+def deployed(model: str, replicas: int, run_name: str, model_dir: str | None = None) -> Iterator[Engines]:
     from ray import serve
 
     from raygym.actors import serving
@@ -61,7 +62,7 @@ def deployed(model: str, replicas: int, run_name: str) -> Iterator[Engines]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    model_dir = str(resolve_policy(model))
+    model_dir = model_dir or str(resolve_policy(model))
     config = PolicyConfig(model=model, replicas=replicas, vllm={"max_model_len": 512})
     config = serving.with_engine_defaults(config, model_dir)
     yield Engines(serving.deploy(run_name, config, model_dir, port), config, model_dir, port)
@@ -72,6 +73,16 @@ def deployed(model: str, replicas: int, run_name: str) -> Iterator[Engines]:
 @pytest.fixture(scope="class")
 def two_tiny(ray_cluster: None) -> Iterator[Engines]:
     yield from deployed("tiny", 2, "two-tiny")
+
+
+@pytest.fixture(scope="class")
+def one_tiny(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """One replica of `tiny` whose files recommend a sampling of their own, as many published models do."""
+    directory = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(resolve_policy("tiny"), directory, dirs_exist_ok=True)
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.01, "top_k": 1, "do_sample": True}))
+    yield from deployed("tiny", 1, "one-tiny", str(directory))
 
 
 @pytest.fixture
@@ -130,11 +141,21 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int) -> 
         learners.shutdown()
 
 
-class TestTwoTinyReplicas:
+class TestOneReplica:
     @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-    def test_learner_and_two_replicas_agree_after_every_sync(self, two_tiny: Engines, ranks: int, stage: int) -> None:
+    def test_learners_and_engine_agree_after_every_sync(self, one_tiny: Engines, ranks: int, stage: int) -> None:
         config = LearnerConfig(num_learners=ranks, lr=1e-2, deepspeed={"zero_optimization": {"stage": stage}})
-        update_and_compare(two_tiny, config, syncs=2)
+        update_and_compare(one_tiny, config, syncs=2)
+
+    def test_the_models_own_sampling_defaults_do_not_leak_in(self, one_tiny: Engines) -> None:
+        body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 12, "return_token_ids": True}
+        tokens = {tuple(one_tiny.post("/v1/completions", body)["choices"][0]["token_ids"]) for _ in range(4)}
+        assert len(tokens) > 1, "with the top_k of 1 that the files recommend, all answers are the same"
+
+
+class TestTwoReplicas:
+    def test_learner_and_both_replicas_agree_after_every_sync(self, two_tiny: Engines) -> None:
+        update_and_compare(two_tiny, LearnerConfig(lr=1e-2), syncs=2)
 
     def test_a_seeded_batch_larger_than_one_prefill_does_not_kill_the_engine(self, two_tiny: Engines) -> None:
         # 40 x 300 tokens do not fit into one scheduling step; with chunked prefill vLLM's CPU engine died of a seeded

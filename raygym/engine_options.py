@@ -1,0 +1,69 @@
+"""Whether the engine knows the options that a config passes through to it; told without starting or importing it."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Collection
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from raygym.config import ConfigError, PolicyConfig
+from raygym.simulate import SimulatedConfig
+
+_ARGUMENT_CLASSES = ("EngineArgs", "AsyncEngineArgs")
+
+
+def check_engine_options(config: PolicyConfig) -> None:
+    """Check `policy.vllm` and `policy.simulated`.
+
+    Raises:
+        ConfigError: a key that the engine does not have, or a value that raygym itself reads and cannot use.
+    """
+    try:
+        SimulatedConfig(**config.simulated)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise ConfigError(_unknown("policy.simulated", key, SimulatedConfig.model_fields)) from error
+        raise ConfigError(f"policy.simulated.{key}: {problem['msg']}, found {problem['input']!r}") from error
+    known = vllm_argument_names()
+    if known:
+        for key in config.vllm:
+            if key not in known:
+                raise ConfigError(_unknown("policy.vllm", key, known))
+    length = config.vllm.get("max_model_len", 2)
+    if type(length) is not int or length < 2:
+        raise ConfigError(f"policy.vllm.max_model_len: expected an integer of at least 2 tokens, found {length!r}")
+
+
+@cache
+def vllm_argument_names() -> frozenset[str]:
+    """The fields of vLLM's AsyncEngineArgs, read from the installed source; empty where that cannot be found.
+
+    Importing vLLM would take ten seconds, which is long for a typing mistake.
+    """
+    spec = find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    source = Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py"
+    if not source.is_file():
+        return frozenset()
+    return frozenset(
+        field.target.id
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name in _ARGUMENT_CLASSES
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )
+
+
+def _unknown(section: str, key: Any, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(key), known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; expected one of: {', '.join(sorted(known)[:20])}"
+    return f"{section}.{key}: the engine has no such option{hint}"
