@@ -62,7 +62,9 @@ class ServeGenerate:
         """
         if self._handle is None:
             self._handle = serve.get_deployment_handle(self._deployment, self._app)
-        response = self._handle.generate.remote(prompt_token_ids, sampling, session_id)
+        # The session keeps an episode on the replica that holds its KV cache.
+        handle = self._handle.options(session_id=session_id)
+        response = handle.generate.remote(prompt_token_ids, sampling, session_id)
         try:
             generation: Generation = await response
         except asyncio.CancelledError:

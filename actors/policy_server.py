@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import generate_latest
 from ray import serve
 
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_receiver import receive_version
+from raygym.api import prometheus
+from raygym.api.front import ApiFront, FrontOptions
+from raygym.api.sessions import SessionStore
 from raygym.config import PolicyConfig
 from raygym.engine import Engine, EngineError
 from raygym.models import stop_token_ids
 from raygym.simulate import SimulatedConfig, SimulatedEngine
+from raygym.tool_parsers import tool_parser
 from raygym.types import EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
 from raygym.weights import Manifest, WeightsError, check_shapes, checkpoint_shapes, tied_names
 
 DEPLOYMENT = "PolicyServer"
+_METRICS_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,12 @@ async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
     """The engine that the config asks for. Blocks until it can generate."""
     stops = stop_token_ids(Path(model_dir))
     if config.engine == "simulated":
-        return SimulatedEngine(SimulatedConfig(**config.simulated), stops)
+        return SimulatedEngine(SimulatedConfig(**config.simulated), stops, model_dir, config.model)
     # vLLM takes ten seconds to import; only a replica that serves it pays.
     from raygym.actors.vllm_engine import VLLMEngine
 
-    engine = VLLMEngine(model_dir, config.model, stops, config.vllm)
+    parser = tool_parser(config.tool_parser, model_dir)
+    engine = VLLMEngine(model_dir, config.model, stops, config.vllm, parser)
     await engine.set_version(0)
     return engine
 
@@ -49,19 +57,60 @@ class PolicyServer:
     """One replica: an engine, and its membership in the group that carries weights."""
 
     # Serve awaits a constructor that is a coroutine: the engine needs the replica's event loop.
-    async def __init__(self, config: PolicyConfig, model_dir: str) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: PolicyConfig, model_dir: str, front: FrontOptions | None = None
+    ) -> None:
         self._model_dir = model_dir
+        self._front = front or FrontOptions()
         self._engine = await start_engine(config, model_dir)
-        self._request_ids = itertools.count()
-        self._rank: int = serve.get_replica_context().rank.rank
+        self._requests = self._running = 0
+        context = serve.get_replica_context()
+        self._app_name = context.app_name
+        self._rank: int = context.rank.rank
+        limits = config.sessions
+        self._sessions = SessionStore(
+            context.replica_id.unique_id,
+            ttl_s=limits.ttl_s,
+            max_sessions=limits.max_sessions,
+            max_bytes=limits.max_mib << 20,
+        )
         self._group = ""
         self._manifest: Manifest | None = None
         self._received: Path | None = None
         self._failure: BaseException | None = None
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """Serve's late-bound hook: the engine's own HTTP application."""
-        return await self._engine.asgi_app()
+        """Serve's late-bound hook: the engine's own HTTP application, behind what training adds to it."""
+        app = await self._engine.asgi_app()
+        front = ApiFront(app, self._sessions, self._front, self._all_metrics)
+
+        async def counted(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http":
+                return await front(scope, receive, send)
+            with self._counted():
+                return await front(scope, receive, send)
+
+        return counted
+
+    @contextmanager
+    def _counted(self) -> Iterator[int]:
+        self._requests += 1
+        self._running += 1
+        try:
+            yield self._requests
+        finally:
+            self._running -= 1
+
+    async def metrics(self) -> tuple[str, str, int, int]:
+        """This replica's rank, exposition, requests so far and requests running."""
+        return str(self._rank), generate_latest().decode(), self._requests, self._running
+
+    async def _all_metrics(self) -> str:
+        handle = serve.get_deployment_handle(DEPLOYMENT, self._app_name)
+        answers = await asyncio.to_thread(handle.broadcast("metrics").results, timeout_s=_METRICS_TIMEOUT_S)
+        return prometheus.merged(
+            {rank: text for rank, text, _, _ in answers}, {rank: (given, now) for rank, _, given, now in answers}
+        )
 
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Generation:
         """Sample one continuation of exactly these IDs.
@@ -74,10 +123,11 @@ class PolicyServer:
         Raises:
             EpisodeFailure: `engine_error`, with the engine's reason.
         """
-        try:
-            return await self._engine.generate(prompt_token_ids, sampling, f"{session_id}-{next(self._request_ids)}")
-        except Exception as error:
-            raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}") from error
+        with self._counted() as number:
+            try:
+                return await self._engine.generate(prompt_token_ids, sampling, f"{session_id}-{number}")
+            except Exception as error:
+                raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}") from error
 
     async def join(self, group_name: str, world_size: int, manifest: Manifest, timeout_s: float) -> ReplicaState:
         """Become a member of the weight group, after checking that its versions fit this engine.

@@ -1,14 +1,15 @@
-"""Whole commands: a training run, an evaluation."""
+"""Whole commands: a training run, an evaluation, a server."""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 from ray.exceptions import RayTaskError
 
 from raygym.actors.cluster import http_port
-from raygym.actors.serving import with_engine_defaults
+from raygym.actors.serving import front_options, with_engine_defaults
 from raygym.actors.session import Session
 from raygym.actors.trainer import Trainer
 from raygym.config import RunConfig
@@ -56,7 +57,18 @@ def evaluate(config: RunConfig, model_dir: str) -> None:
     print(json.dumps({"policy": config.policy.model, "tasks": len(tasks), **validation_metrics(collected)}))
 
 
+def serve(config: RunConfig, model_dir: str) -> None:
+    """Serve the policy over HTTP until interrupted. Prints one line when it is ready."""
+    config, port = _prepared(config, model_dir)
+    with Session(config, model_dir, port, learning=False, rolling_out=False) as session:
+        asks = f", key from ${config.policy.api_key_env}" if config.policy.api_key_env else ""
+        replicas = f"{config.policy.replicas} replica" + "s" * (config.policy.replicas > 1)
+        print(f"raygym: serving {config.policy.model} at {session.url} ({replicas}{asks}); Ctrl-C stops it", flush=True)
+        threading.Event().wait()
+
+
 def _prepared(config: RunConfig, model_dir: str) -> tuple[RunConfig, int]:
+    front_options(config)
     policy = with_engine_defaults(config.policy, model_dir)
     return config.model_copy(update={"policy": policy}), http_port(policy.http)
 

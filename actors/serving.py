@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from raygym.actors.policy_server import DEPLOYMENT, PolicyServer
-from raygym.config import ConfigError, PolicyConfig
+from raygym.actors.session_router import SessionRouter
+from raygym.api.front import FrontOptions
+from raygym.api.sampling import SamplingProfile
+from raygym.config import ConfigError, PolicyConfig, RunConfig
 from raygym.simulate import SimulatedConfig
 
 # The engine and the learner share the cores of a CPU machine and rarely work at the same time.
@@ -75,7 +79,33 @@ def with_engine_defaults(config: PolicyConfig, model_dir: str) -> PolicyConfig:
     return config.model_copy(update={"vllm": options})
 
 
-def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> DeploymentHandle[Any]:
+def front_options(config: RunConfig) -> FrontOptions:
+    """How HTTP calls of a run are served: its key, its limits, its sampling.
+
+    Raises:
+        ConfigError: `policy.api_key_env` names a variable that is not set.
+    """
+    policy = config.policy
+    key = os.environ.get(policy.api_key_env, "") if policy.api_key_env else ""
+    if policy.api_key_env and not key:
+        raise ConfigError(
+            f"policy.api_key_env: the environment variable {policy.api_key_env} is not set; expected it to hold the "
+            "key that HTTP clients send"
+        )
+    strict = policy.strict_sampling
+    return FrontOptions(
+        api_key=key,
+        max_body_bytes=policy.http.max_body_mib << 20,
+        profiles={
+            "train": SamplingProfile(config.rollout.temperature, strict),
+            "validation": SamplingProfile(config.validation.temperature, strict),
+        },
+    )
+
+
+def deploy(
+    run_name: str, config: PolicyConfig, model_dir: str, port: int, front: FrontOptions | None = None
+) -> DeploymentHandle[Any]:
     """Deploy all replicas and wait until they serve.
 
     Args:
@@ -83,6 +113,7 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
         config: `policy`, with `with_engine_defaults` applied.
         model_dir: the policy's files, on every node.
         port: where HTTP listens, on `policy.http.host`.
+        front: how HTTP calls are served; `front_options` of a run.
 
     Raises:
         RuntimeError: a replica could not start; the text carries its reason.
@@ -95,6 +126,7 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
         "runtime_env": {"env_vars": engine_environment(config)},
     }
     # Ray's stubs take `deployment` for a bare decorator.
+    router: Any = SessionRouter
     deployment: Any = serve.deployment(
         PolicyServer,
         name=DEPLOYMENT,
@@ -106,9 +138,24 @@ def deploy(run_name: str, config: PolicyConfig, model_dir: str, port: int) -> De
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=1,
+        request_router_config=RequestRouterConfig(request_router_class=router),
     )
-    application = deployment.bind(config, model_dir)
-    return serve.run(application, name=app_name(run_name), route_prefix="/")
+    application = deployment.bind(config, model_dir, front)
+    try:
+        return serve.run(application, name=app_name(run_name), route_prefix="/")
+    except RuntimeError as error:
+        reason = _replica_error(app_name(run_name)) or str(error)
+        raise RuntimeError(f"a PolicyServer replica could not start: {reason}") from None
+
+
+def _replica_error(app: str) -> str:
+    """What the exception said that ended the last replica, on one line; Serve itself says only that it failed."""
+    status = serve.status().applications.get(app)
+    text = status.deployments[DEPLOYMENT].message if status and DEPLOYMENT in status.deployments else ""
+    lines = text.rstrip().splitlines()
+    raised = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    said = lines[raised[-1] :] if raised else []
+    return " ".join(line.strip() for line in said if "For further information" not in line)
 
 
 def broadcast(

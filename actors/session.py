@@ -17,10 +17,22 @@ from raygym.config import RunConfig
 class Session:
     """A context manager: inside it, everything serves; after it, nothing of it is left, whatever happened."""
 
-    def __init__(self, config: RunConfig, model_dir: str, port: int, *, learning: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, model_dir: str, port: int, *, learning: bool = True, rolling_out: bool = True
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            config: the run's, with the engine's defaults filled in.
+            model_dir: the policy's files.
+            port: where the OpenAI API listens.
+            learning: with learners and the weight group.
+            rolling_out: with EnvRunners and the RolloutManager.
+        """
         self._config = config
         self._model_dir = model_dir
         self._learning = learning
+        self._rolling_out = rolling_out
         self.port = port
         self._deployed = False
         self._learners: LearnerGroup | None = None
@@ -36,7 +48,7 @@ class Session:
     @property
     def rollouts(self) -> Rollouts:
         """The rollout manager and its runners."""
-        assert self._rollouts is not None
+        assert self._rollouts is not None, "this session was started without rollouts"
         return self._rollouts
 
     @property
@@ -67,12 +79,14 @@ class Session:
         # Engines and learners load side by side: each spends most of its start importing and reading files.
         pool = ThreadPoolExecutor(1)
         self._deployed = True
-        deploying = pool.submit(serving.deploy, config.name, config.policy, self._model_dir, self.port)
+        front = serving.front_options(config)
+        deploying = pool.submit(serving.deploy, config.name, config.policy, self._model_dir, self.port, front)
         pool.shutdown(wait=False)
         if self._learning:
             self._learners = LearnerGroup.launch(config.learner, self._model_dir, config.rollout.temperature)
-        self._rollouts = Rollouts(config, self._model_dir, serving.context_length(config.policy, self._model_dir))
-        self._rollouts.wait_ready(config.policy.startup_timeout_s)
+        if self._rolling_out:
+            self._rollouts = Rollouts(config, self._model_dir, serving.context_length(config.policy, self._model_dir))
+            self._rollouts.wait_ready(config.policy.startup_timeout_s)
         engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
         if self._learning:
             self.learners.wait_ready()

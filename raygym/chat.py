@@ -7,15 +7,26 @@ follows the assistant's text is the suffix: the end of its turn, the new message
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+import secrets
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
 
 from raygym.types import Int32Array, Message
 
-_SENTINEL = "raygymsentinel"
-_BASE: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SENTINEL}]
+# Random, so that no message of an agent's can contain it.
+_SENTINEL = f"raygym{secrets.token_hex(8)}"
+_QUESTION: Message = {"role": "user", "content": "Hello"}
+_REPLY: Message = {"role": "assistant", "content": _SENTINEL}
+_BASE = [_QUESTION, _REPLY]
+_CALL_ID = "call00000"  # nine letters and digits: some templates refuse any other form
+_TOOL_RESULT: Message = {"role": "tool", "content": "done", "tool_call_id": _CALL_ID, "name": "tool"}
+
+Render = Callable[[Sequence[Message], bool], str]
+"""A conversation, and whether the next generation prompt follows it, to text."""
 
 
 class TemplateError(ValueError):
@@ -45,6 +56,7 @@ class ChatRenderer:
         tokenizer: Tokenizer,
         tools: Sequence[dict[str, Any]] = (),
         roles: Collection[str] = ("system", "user", "assistant"),
+        render: Render | None = None,
     ) -> None:
         """Take the tokenizer's chat template, after verifying it.
 
@@ -52,12 +64,14 @@ class ChatRenderer:
             tokenizer: its chat template is used.
             tools: OpenAI tool schemas shown to the policy.
             roles: what environments of the run use; `tool` is added where there are tools.
+            render: takes the place of the tokenizer's own template, tools included.
 
         Raises:
             TemplateError: the template cannot keep history's tokens; the text says how it breaks the rule.
         """
         self._tokenizer = tokenizer
         self._tools = list(tools)
+        self._template = render or self._own_template
         self._roles = set(roles) | ({"tool"} if tools else set())
         self._special = frozenset(tokenizer.all_special_ids)
         self._closing = self._tokens(_after_sentinel(self._render(_BASE, generation=False)))
@@ -68,6 +82,7 @@ class ChatRenderer:
                 "every turn with a special token"
             )
         self.end_of_turn_id: int = self._closing[0]
+        self._end_of_turn = str(tokenizer.decode([self.end_of_turn_id]))
         self.verify()
 
     def render_initial(self, messages: Sequence[Message]) -> Int32Array:
@@ -92,10 +107,12 @@ class ChatRenderer:
         closed = len(token_ids) > 0 and int(token_ids[-1]) == self.end_of_turn_id
         return np.concatenate([np.asarray(token_ids, np.int32), np.asarray(suffix[closed:], np.int32)])
 
-    def decode(self, token_ids: Int32Array) -> str:
-        """The assistant's text, without special tokens such as the end of turn."""
+    def decode(self, token_ids: Int32Array, *, special: bool = False) -> str:
+        """The text of `token_ids`, with special tokens such as the end of turn only when asked for."""
         return str(
-            self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._tokenizer.decode(
+                token_ids.tolist(), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+            )
         )
 
     def drifted(self, messages: Sequence[Message], token_ids: Int32Array) -> bool:
@@ -128,54 +145,112 @@ class ChatRenderer:
         Raises:
             TemplateError: it does not, or the template refuses a role.
         """
-        opening: list[Message] = [{"role": "user", "content": "Hello"}]
+        opening = [_QUESTION]
         if "system" in self._roles:
             opening.insert(0, {"role": "system", "content": "Be brief."})
-        reply: Message = {"role": "assistant", "content": _SENTINEL}
-        replies: list[Message] = [{"role": "user", "content": "Go on"}]
+        news: list[list[Message]] = [[{"role": "user", "content": "Go on"}]]
         if "tool" in self._roles:
-            replies.append({"role": "tool", "content": "done", "tool_call_id": "call00000", "name": "tool"})
+            news += [[_TOOL_RESULT], [_TOOL_RESULT, {**_TOOL_RESULT, "content": "done too"}]]
         prompt = self.render_initial(opening)
-        for new in replies:
+        for new in news:
             # From the first generation on only the suffix is rendered; what precedes it may be rewritten by a template
             # that strips reasoning, but the suffix must not depend on how long the history is.
-            short = self._suffix([new])
-            whole = self._render([*opening, reply, new], generation=True)
-            if self._tokens(_after_sentinel(whole)) != short:
+            whole = self._render([*opening, _reply_before(new), *new], generation=True)
+            if self._tokens(self._from_end_of_turn(whole, new)) != self._suffix(new):
                 raise TemplateError(
-                    f"chat template: what it writes for a new {new['role']} message depends on the messages before it, "
-                    "so history would have to be rendered again; use a template that renders each message on its own"
+                    f"chat template: what it writes for a new {new[0]['role']} message depends on the messages before "
+                    "it; history would have to be rendered again. Use a template that renders each message on its own"
                 )
             generated = np.asarray([*self._tokens(_SENTINEL), self.end_of_turn_id], np.int32)
-            extended = self.extend(np.concatenate([prompt, generated]), [new])
+            extended = self.extend(np.concatenate([prompt, generated]), new)
             assert np.array_equal(extended[: len(prompt)], prompt)
 
     def _suffix(self, new_messages: Sequence[Message]) -> list[int]:
-        suffix = self._tokens(_after_sentinel(self._render([*_BASE, *new_messages], generation=True)))
-        if not suffix or suffix[0] != self.end_of_turn_id:
-            role = new_messages[0]["role"] if new_messages else "no"
-            found, expected = self._tokenizer.decode(suffix[:4]), self._tokenizer.decode(self._closing)
+        base = [_QUESTION, _reply_before(new_messages)]
+        text = self._render([*base, *new_messages], generation=True)
+        return self._tokens(self._from_end_of_turn(text, new_messages))
+
+    def _from_end_of_turn(self, text: str, new_messages: Sequence[Message]) -> str:
+        """What a render says from the end of the sentinel's turn on."""
+        if not _calls_tools(new_messages):
+            suffix = _after_sentinel(text)
+            if not suffix.startswith(self._end_of_turn):
+                role = new_messages[0]["role"] if new_messages else "no"
+                closing = self._tokenizer.decode(self._closing)
+                raise TemplateError(
+                    f"chat template: a {role} message after an assistant's changes how the assistant's turn ends (it "
+                    f"is followed by {suffix[:20]!r}, else by {closing!r})"
+                )
+            return suffix
+        # The calls may be written after the text or instead of it; the last sentinel stands in their arguments.
+        _, found, rest = text.rpartition(_SENTINEL)
+        end = rest.find(self._end_of_turn)
+        if not found or end < 0:
             raise TemplateError(
-                f"chat template: a {role} message after an assistant's changes how the assistant's turn ends (it "
-                f"is followed by {found!r}, else by {expected!r})"
+                "chat template: it shows neither the text nor the calls of an assistant message that calls tools, or "
+                f"does not end it with {self._end_of_turn!r}; new messages cannot be told from old ones"
             )
-        return suffix
+        return rest[end:]
 
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), tools=self._tools or None, tokenize=False, add_generation_prompt=generation
-                )
-            )
+            return self._template(messages, generation)
         except Exception as error:  # Jinja, and whatever a template's own functions raise
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise TemplateError(
                 f"chat template: it cannot render a conversation of the roles {roles}: {type(error).__name__}: {error}"
             ) from error
 
+    def _own_template(self, messages: Sequence[Message], generation: bool) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [_for_template(message) for message in messages],
+                tools=self._tools or None,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        )
+
     def _tokens(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _calls_tools(new_messages: Sequence[Message]) -> bool:
+    return bool(new_messages) and new_messages[0].get("role") == "tool"
+
+
+def _reply_before(new_messages: Sequence[Message]) -> Message:
+    """The base's assistant message, of the same shape as the one that the new messages answer."""
+    if not _calls_tools(new_messages):
+        return _REPLY
+    results = []
+    for message in new_messages:
+        if message.get("role") != "tool":
+            break
+        results.append(message)
+    calls = [
+        {
+            "id": result.get("tool_call_id") or _CALL_ID,
+            "type": "function",
+            "function": {"name": result.get("name") or "tool", "arguments": {"q": _SENTINEL}},
+        }
+        for result in results
+    ]
+    return {**_REPLY, "tool_calls": calls}
+
+
+def _for_template(message: Message) -> Message:
+    """As templates expect it: the arguments of a call as an object, where OpenAI's API has them as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call.get("function") or {})
+        if isinstance(function.get("arguments"), str):
+            with suppress(ValueError):  # not JSON: shown as the policy wrote it
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
 
 
 def _after_sentinel(text: str) -> str:

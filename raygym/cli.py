@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("train", "train a policy and write runs/<name>/"),
         ("eval", "validate a policy on the held-out tasks and print the result as JSON"),
+        ("serve", "serve a policy over an OpenAI-compatible HTTP API until interrupted"),
     ):
         _with_config(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."), name)
     config = commands.add_parser("config", help="check a run config", description="Work with run configs.")
@@ -70,8 +71,7 @@ def _run(command: str, config: RunConfig) -> int:
     prepared = importlib.import_module("raygym.preflight").check_inputs(config)
     runs = importlib.import_module("raygym.actors.runs")
     try:
-        run = runs.train if command == "train" else runs.evaluate
-        run(config, prepared.model_dir)
+        {"train": runs.train, "eval": runs.evaluate, "serve": runs.serve}[command](config, prepared.model_dir)
     except ConfigError:
         raise
     except KeyboardInterrupt:

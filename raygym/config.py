@@ -53,6 +53,18 @@ class HttpConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """0 takes a free port, which the console prints."""
+    max_body_mib: PositiveInt = 32
+    """Larger request bodies are refused with status 413."""
+
+
+class SessionsConfig(Section):
+    """Recorded HTTP sessions, for each replica."""
+
+    ttl_s: PositiveFloat = 3600
+    """Seconds without a call after which a session and its record are dropped."""
+    max_sessions: PositiveInt = 10_000
+    max_mib: PositiveInt = 1024
+    """Memory of all recorded tokens; beyond it, calls in sessions are refused with status 429."""
 
 
 class PolicyConfig(Section):
@@ -68,6 +80,13 @@ class PolicyConfig(Section):
     simulated: dict[str, Any] = {}
     """Passed through to the simulated engine."""
     http: HttpConfig = HttpConfig()
+    sessions: SessionsConfig = SessionsConfig()
+    api_key_env: str = ""
+    """Name of the environment variable with the key that HTTP clients must send; empty: no key is asked for."""
+    strict_sampling: bool = False
+    """Refuse HTTP calls whose sampling differs from the run's, with status 400."""
+    tool_parser: str = "auto"
+    """vLLM's name of the parser that finds tool calls in chat answers; `auto` tells it from the chat template."""
     startup_timeout_s: PositiveFloat = 600
 
     @model_validator(mode="after")

@@ -39,8 +39,20 @@ class SimulatedFault(RuntimeError):
 class SimulatedEngine:
     """An `Engine` whose generations are hashes."""
 
-    def __init__(self, config: SimulatedConfig, stop_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, config: SimulatedConfig, stop_token_ids: Sequence[int], model_dir: str = "", model: str = "simulated"
+    ) -> None:
+        """Ready at once.
+
+        Args:
+            config: see `SimulatedConfig`.
+            stop_token_ids: the first ends generations.
+            model_dir: the policy's files, of which the HTTP API reads the tokenizer.
+            model: what HTTP clients call the model.
+        """
         self._config = config
+        self._model_dir = model_dir
+        self._model = model
         self._stop_token_id = stop_token_ids[0]
         self._running = asyncio.Event()
         self._running.set()
@@ -85,17 +97,14 @@ class SimulatedEngine:
         """Always healthy."""
 
     async def asgi_app(self) -> Any:
-        """Only what tells that it is up and that it is simulated."""
-        # FastAPI takes half a second to import and only a replica needs it.
-        from fastapi import FastAPI
+        """The OpenAI API over these generations."""
+        # Starlette and transformers take seconds to import and only a replica needs them.
+        from transformers import AutoTokenizer
 
-        app = FastAPI(title="raygym simulated engine")
+        from raygym.api.simulated import SimulatedApi
 
-        @app.get("/health")
-        async def health() -> dict[str, str]:
-            return {"status": "ok", "engine": "simulated"}
-
-        return app
+        tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
+        return SimulatedApi(self.generate, tokenizer, self._model, self._config.max_model_len).app()
 
     def shutdown(self) -> None:
         """Nothing to free."""
