@@ -6,6 +6,7 @@ import json
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,8 @@ class VLLMEngine:
         tasks = await self._llm.get_supported_tasks()
         app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(_RecordingClient(self, self._llm, self._stop_token_ids), app.state, args, tasks)
+        # vLLM asks its own HTTP server to exit when the engine died; here Serve's health check replaces the replica.
+        app.state.server = SimpleNamespace(should_exit=False)
         _TokenExactPrompts(app.state.online_renderer, self.max_model_len).install()
         return app
 
@@ -206,6 +209,7 @@ class _RecordingClient:
         if call is not None and call.keeps_tokens and params.logprobs is None:
             params.logprobs = 0
         if call is not None:
+            call.reached_engine = True
             call.constrained = params.structured_outputs is not None
             call.sampling = {name: getattr(params, name) for name in _RECORDED_SAMPLING}
         outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id, **options)

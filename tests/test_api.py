@@ -161,6 +161,7 @@ class TestCarriedIds:
             ({"messages": ["hi"]}, "messages"),
             ({"messages": [{"role": 3, "content": ""}]}, "messages[0].role"),
             ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+            ({"seed": []}, "seed"),
             ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls[0]"),
         ],
     )
@@ -332,7 +333,19 @@ class TestDoor:
         answer = await server.client.post("/v1/chat/completions", content=pieces() if chunked else body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"a"', b"[" * 100_000])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"{",
+            b"[]",
+            b"\xff",
+            b'"a"',
+            b"[" * 100_000,
+            b'{"n": NaN}',
+            b'{"stop": "\\ud800", "messages": [{"role": "user"}]}',
+        ],
+    )
     async def test_bodies_that_are_no_object(self, server: Server, content: bytes) -> None:
         answer = await server.client.post("/v1/chat/completions", content=content)
         assert answer.status_code == 400

@@ -50,6 +50,8 @@ class Call:
     """How the engine sampled."""
     constrained: bool = False
     """A grammar (forced tool, JSON schema) cut the distribution: the logprobs are not the policy's own."""
+    reached_engine: bool = False
+    """The request was understood; what fails from here on is not the client's mistake."""
     _chunks: list[Generation] = field(default_factory=list)
 
     @property

@@ -12,7 +12,7 @@ from raygym.api.call import Call, current_call
 from raygym.api.errors import ApiError
 from raygym.api.history import KnownHistories, carried_ids
 from raygym.api.messages import engine_message, responses_carried
-from raygym.api.reply import JsonReply, StreamReply
+from raygym.api.reply import Reply
 from raygym.api.sampling import SamplingProfile
 from raygym.api.sessions import SessionStore
 
@@ -183,8 +183,8 @@ class ApiFront:
             name = session.profile if session else headers.get(PROFILE_HEADER, next(iter(self._options.profiles)))
             self._profile(name).apply(name, body)
         _take_token_request(call, body)
-        reply = (StreamReply if body.get("stream") is True else JsonReply)(call, send, HISTORY_HEADER)
-        scope = {**scope, "headers": _with_length(scope["headers"], encoded := json.dumps(body).encode())}
+        reply = Reply(call, send, HISTORY_HEADER)
+        scope = {**scope, "headers": _with_length(scope["headers"], encoded := _encoded(body))}
         token = current_call.set(call)
         try:
             await self._app(scope, _with_body(encoded, receive), reply)
@@ -204,6 +204,8 @@ def _take_token_request(call: Call, body: dict[str, Any]) -> None:
     elif call.kind == "responses":
         call.carried_turns, body["input"] = responses_carried(body.get("input"))
         include = body.get("include") or []
+        if not isinstance(include, list):
+            raise ApiError(400, f"include: expected a list, found {include!r:.80}", "include")
         call.wants_ids = bool(body.get("return_token_ids") or "message.output_text.logprobs" in include)
     if call.kind != "tokenize" and (call.wants_ids or call.session is not None or call.carried):
         if body.get("n") not in (None, 1):
@@ -221,13 +223,25 @@ def split_session(path: str) -> tuple[str, str]:
 
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the request body is not JSON: {error}", None, "invalid_json") from error
     if not isinstance(body, dict):
         problem = f"the request body is a JSON {type(body).__name__}; expected an object"
         raise ApiError(400, problem, code="invalid_json")
     return body
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        problem = "the request body holds half of a surrogate pair, which is no character"
+        raise ApiError(400, problem, code="invalid_json") from error
 
 
 def _with_length(headers: Any, body: bytes) -> list[tuple[bytes, bytes]]:

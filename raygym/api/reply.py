@@ -14,14 +14,34 @@ AsgiMessage = MutableMapping[str, Any]
 Send = Callable[[AsgiMessage], Awaitable[None]]
 
 
-class _Reply:
-    """An ASGI `send` that sees the whole answer."""
+class Reply:
+    """An ASGI `send` that sees the whole answer: one JSON object, or a stream of server-sent events."""
 
     def __init__(self, call: Call, send: Send, history_header: str) -> None:
         self._call = call
         self._send = send
         self._header = history_header
         self._start: AsgiMessage = {}
+        self._streams = False
+        self._pieces: list[bytes] = []
+        self._rest = b""
+        self._message: dict[str, Any] = {"role": "assistant", "content": ""}
+
+    async def __call__(self, message: AsgiMessage) -> None:
+        """Pass on one ASGI message; an object is held back until it is whole, events go on as they come."""
+        if message["type"] == "http.response.start":
+            self._start = message
+            kinds = [value for key, value in message.get("headers", ()) if key.lower() == b"content-type"]
+            # What the engine answers decides, not what was asked: errors before the stream begins are objects.
+            self._streams = bool(kinds) and kinds[0].startswith(b"text/event-stream")
+            if self._streams:
+                await self._send({**message, "headers": self._headers(None)})
+        elif self._streams:
+            await self._stream(message)
+        else:
+            self._pieces.append(message.get("body", b""))
+            if not message.get("more_body"):
+                await self._whole(b"".join(self._pieces))
 
     @property
     def _ok(self) -> bool:
@@ -35,62 +55,22 @@ class _Reply:
             headers.append((self._header.encode(), self._call.outcome.value.encode()))
         return headers
 
-
-class JsonReply(_Reply):
-    """For answers that are one JSON object."""
-
-    def __init__(self, call: Call, send: Send, history_header: str) -> None:
-        super().__init__(call, send, history_header)
-        self._pieces: list[bytes] = []
-
-    async def __call__(self, message: AsgiMessage) -> None:
-        """Hold the body back until it is whole."""
-        if message["type"] == "http.response.start":
-            self._start = message
-            return
-        self._pieces.append(message.get("body", b""))
-        if message.get("more_body"):
-            return
-        body = b"".join(self._pieces)
-        if self._ok:
-            body = self._finished(body)
-        elif self._start.get("status", 500) >= 400:
-            body = _as_error(self._start["status"], body)
+    async def _whole(self, body: bytes) -> None:
+        status = self._start["status"]
+        if self._ok and self._call.kind != "tokenize":
+            answer = json.loads(body)
+            finish_answer(self._call, answer)
+            body = json.dumps(answer).encode() if self._call.wants_ids else body
+        elif status >= 400:
+            if status >= 500 and not self._call.reached_engine:
+                # Whatever a strange value made fail before the engine was asked: a retry would fail as well.
+                self._start = {**self._start, "status": (status := 400)}
+                body = error_body(400, f"the request could not be understood: {_error_text(body)}")
+            body = _as_error(status, body)
         await self._send({**self._start, "headers": self._headers(len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
-    def _finished(self, body: bytes) -> bytes:
-        if self._call.kind == "tokenize":
-            return body
-        answer = json.loads(body)
-        finish_answer(self._call, answer)
-        return json.dumps(answer).encode() if self._call.wants_ids else body
-
-
-class StreamReply(_Reply):
-    """For answers that are server-sent events."""
-
-    def __init__(self, call: Call, send: Send, history_header: str) -> None:
-        super().__init__(call, send, history_header)
-        self._rest = b""
-        self._message: dict[str, Any] = {"role": "assistant", "content": ""}
-        self._plain: JsonReply | None = None
-
-    async def __call__(self, message: AsgiMessage) -> None:
-        """Pass events on as they come; the last one of the answer gets the IDs."""
-        if message["type"] == "http.response.start":
-            self._start = message
-            kinds = [value for key, value in message.get("headers", ()) if key.lower() == b"content-type"]
-            if not kinds or not kinds[0].startswith(b"text/event-stream"):
-                # An error, told before the stream began.
-                self._plain = JsonReply(self._call, self._send, self._header)
-                await self._plain(message)
-                return
-            await self._send({**message, "headers": self._headers(None)})
-            return
-        if self._plain is not None:
-            await self._plain(message)
-            return
+    async def _stream(self, message: AsgiMessage) -> None:
         *events, self._rest = (self._rest + message.get("body", b"")).split(b"\n\n")
         if not message.get("more_body") and self._rest:
             events, self._rest = [*events, self._rest], b""
@@ -147,6 +127,13 @@ def finish_answer(call: Call, answer: dict[str, Any]) -> None:
         message, carrier = {"role": "assistant", "content": answer["choices"][0].get("text")}, None
     if call.finish(message) is not None and call.wants_ids and carrier is not None:
         carrier.update(call.id_fields())
+
+
+def _error_text(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode("utf-8", "replace")
 
 
 def _as_error(status: int, body: bytes) -> bytes:
