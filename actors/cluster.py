@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from typing import Any
 
 import ray
@@ -29,9 +31,20 @@ def connect() -> None:
         if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             # A submitted job brings its own working directory; its runtime_env may not be given twice.
             options.pop("runtime_env")
-        ray.init(address="auto", **options)
+        _init(address="auto", **options)
         return
-    ray.init(address="local", include_dashboard=False, **options)
+    _init(address="local", include_dashboard=False, **options)
+
+
+def _init(**options: Any) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    ray.init(**options)
+    if threading.current_thread() is threading.main_thread():
+        # Ray takes SIGTERM for itself, in Python and in its core, and ends the process without letting us clean up.
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def disconnect() -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
+from harness import report
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("generate", "learn", "sync", "step")
@@ -28,17 +25,7 @@ def main() -> None:
     for _ in range(repetitions):
         for name, value in one_run().items():
             samples.setdefault(name, []).append(value)
-    metrics = {name: round(median(values), 4) for name, values in samples.items()}
-    metrics |= {f"{name}_spread": round(max(values) - min(values), 4) for name, values in samples.items()}
-    result = {
-        "name": "end_to_end",
-        "command": "raygym train configs/tiny.yaml",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "calibration": {"memcpy_gib_per_s": round(memcpy_gib_per_s(), 2)},
-        "repetitions": repetitions,
-        "metrics": metrics,
-    }
-    print(json.dumps(result))
+    report("end_to_end", samples, config="configs/tiny.yaml steps=6 validation.tasks=0")
 
 
 def one_run() -> dict[str, float]:
@@ -51,18 +38,6 @@ def one_run() -> dict[str, float]:
         summary = json.loads((run / "summary.json").read_text())
     phases = {f"{phase}_s": median(row[f"time/{phase}_s"] for row in rows[1:]) for phase in PHASES}
     return {"start_s": summary["ready_s"], **phases}
-
-
-def memcpy_gib_per_s() -> float:
-    """Median of five copies of 256 MiB."""
-    source = np.ones(2**28, np.uint8)
-    target = np.empty_like(source)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        np.copyto(target, source)
-        seconds.append(time.perf_counter() - started)
-    return source.nbytes / 2**30 / median(seconds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from raygym.api.history import Carried, KnownHistories, appears_in, digests
+from raygym.api.history import Carried, KnownHistories, appears_in
 from raygym.api.sessions import CallDetails, RecordedCall, Session, SessionStore
 from raygym.chat import ChatRenderer
 from raygym.types import Float32Array, Generation, Int32Array, Message
@@ -86,7 +86,7 @@ class Call:
     ) -> tuple[Int32Array, int] | None:
         carried = [*self.carried, *_at_turns(self.carried_turns, messages)]
         if self.session is not None and self.session.calls:
-            found = self.session.longest_prefix(digests(messages))
+            found = self.session.longest_prefix(messages)
             if found is not None:
                 covered, self.parent = found
                 self.outcome = HistoryOutcome.FORKED if self.parent.children else HistoryOutcome.EXTENDED
@@ -126,14 +126,13 @@ class Call:
         if self.prompt is None or not self._chunks:
             return None
         generation = self.generation = _joined(self._chunks)
-        digest = None
+        conversation = None
         if self.messages is not None:
             conversation = [*self.messages, message]
             self.known.remember(np.concatenate([self.prompt, generation.token_ids]), conversation)
-            digest = digests(conversation)[-1] if self.session is not None else None
         if self.session is not None and self.store is not None:
             how = CallDetails(self.kind, message, self.sampling, self.constrained)
-            self.store.record(self.session, self.parent, self.prompt, generation, how, digest)
+            self.store.record(self.session, self.parent, self.prompt, generation, how, conversation)
         return generation
 
     def id_fields(self) -> dict[str, Any]:

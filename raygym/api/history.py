@@ -96,29 +96,49 @@ def _part_text(part: Any) -> str:
     return json.dumps(part, sort_keys=True, default=str)
 
 
+Turn = tuple[str, str, list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """A conversation with, for each message, a digest of everything up to and including it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    digests: list[bytes]
+    closed: bytes = b""
+    """Digest of all but the last turn."""
+    turn: Turn | None = None
+
+    def continued(self, messages: Sequence[Mapping[str, Any]]) -> Digested:
+        """The digests of `messages`; what it shares with this conversation is compared, not digested anew."""
+        shared = len(self.messages)
+        same = shared <= len(messages) and messages[:shared] == self.messages
+        known = self if same else _NOTHING
+        found, closed, turn = list(known.digests), known.closed, known.turn
+        for message in messages[len(found) :]:
+            role, text, calls = _canonical(message)
+            # Assistant messages in a row are one turn: clients split text and tool calls of one answer.
+            if turn is not None and role == turn[0] == "assistant":
+                turn = (role, turn[1] + text, turn[2] + calls)
+            else:
+                closed, turn = found[-1] if found else b"", (role, text, calls)
+            found.append(_digest(closed, turn))
+        return Digested(messages, found, closed, turn)
+
+
+_NOTHING = Digested([], [])
+
+
 def digests(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """For each message, a digest of the conversation up to and including it. Costs one pass over the text.
-
-    Assistant messages in a row are one turn: clients split text and tool calls of one answer into several messages.
-    """
-    found: list[bytes] = []
-    closed, turn = b"", None
-    for message in messages:
-        role, text, calls = _canonical(message)
-        if turn is not None and role == turn[0] == "assistant":
-            turn = (role, turn[1] + text, turn[2] + calls)
-        else:
-            if turn is not None:
-                closed = _digest(closed, turn)
-            turn = (role, text, calls)
-        found.append(_digest(closed, turn))
-    return found
+    """For each message, a digest of the conversation up to and including it. Costs one pass over the text."""
+    return _NOTHING.continued(messages).digests
 
 
-def _digest(before: bytes, turn: tuple[str, str, list[Any]]) -> bytes:
+def _digest(before: bytes, turn: Turn) -> bytes:
     role, text, calls = turn
-    said = json.dumps([role, text.strip(), calls], ensure_ascii=True)
-    return hashlib.blake2b(before + said.encode(), digest_size=_DIGEST_BYTES).digest()
+    # Lengths first, so that no two conversations are spelled the same.
+    said = f"{len(role)} {len(text := text.strip())} {role}{text}{json.dumps(calls) if calls else ''}"
+    return hashlib.blake2b(before + said.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).digest()
 
 
 def _canonical(message: Mapping[str, Any]) -> tuple[str, str, list[Any]]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from raygym.api.errors import ApiError
+from raygym.api.history import Digested
 from raygym.types import Float32Array, Generation, Int32Array
 
 _BYTES_PER_TOKEN = 12  # ID, logprob, version
@@ -46,6 +47,7 @@ class RecordedCall:
     generation: Generation
     details: CallDetails
     children: int = 0
+    _whole: Int32Array | None = None
 
     @property
     def length(self) -> int:
@@ -64,10 +66,18 @@ class RecordedCall:
 
     def token_ids(self) -> Int32Array:
         """All tokens from the root to the end of this generation."""
+        if self._whole is not None:
+            return self._whole
         pieces: list[Int32Array] = []
         for call in self.path():
             pieces += [call.prompt_suffix, call.generation.token_ids]
         return np.concatenate(pieces)
+
+    def keep_whole(self, token_ids: Int32Array) -> None:
+        """Have all tokens at hand while this call is a leaf, as the next turn will ask for them."""
+        self._whole = token_ids
+        if self.parent is not None:
+            self.parent._whole = None
 
 
 @dataclass(slots=True)
@@ -84,9 +94,13 @@ class Session:
     nbytes: int = 0
     """Roughly what the recorded tokens take."""
     _by_digest: dict[bytes, RecordedCall] = field(default_factory=dict)
+    _digested: Digested = field(default_factory=lambda: Digested([], []))
+    """The last history that was looked up: the next one mostly continues it."""
 
-    def longest_prefix(self, digests: Sequence[bytes]) -> tuple[int, RecordedCall] | None:
+    def longest_prefix(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, RecordedCall] | None:
         """The recorded call that the history continues furthest: (messages covered, call)."""
+        self._digested = self._digested.continued(messages)
+        digests = self._digested.digests
         for index in range(len(digests) - 1, -1, -1):
             if (call := self._by_digest.get(digests[index])) is not None:
                 return index + 1, call
@@ -108,9 +122,9 @@ class Session:
         prompt: Int32Array,
         generation: Generation,
         details: CallDetails,
-        digest: bytes | None,
+        messages: Sequence[Mapping[str, Any]] | None,
     ) -> None:
-        """Add a finished call whose prompt begins with the parent's tokens."""
+        """Add a finished call whose prompt begins with the parent's tokens; `messages` end with the answer."""
         known = parent.length if parent else 0
         call = RecordedCall(parent, prompt[known:].copy(), generation, details)
         if parent is not None:
@@ -120,8 +134,9 @@ class Session:
             self.forks += 1
         self.calls.append(call)
         self.nbytes += len(call.prompt_suffix) * 4 + len(generation.token_ids) * _BYTES_PER_TOKEN
-        if digest is not None:
-            self._by_digest[digest] = call
+        call.keep_whole(np.concatenate([prompt, generation.token_ids]))
+        if messages is not None:
+            self._by_digest[self._digested.continued(messages).digests[-1]] = call
 
     def segments(self) -> list[dict[str, Any]]:
         """One segment a leaf, in the order in which the leaves were made: JSON-ready lists of one length each."""

@@ -1,0 +1,224 @@
+"""raygym's HTTP and handle paths beside plain `vllm serve`: same engine settings, same requests, one run, interleaved.
+
+All three answer the same seeded requests, so they generate the same tokens. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from harness import report
+from transformers import AutoTokenizer
+
+from raygym.actors import cluster, serving
+from raygym.api.call import Call
+from raygym.api.history import KnownHistories
+from raygym.api.sessions import SessionStore
+from raygym.chat import ChatRenderer
+from raygym.config import PolicyConfig
+from raygym.models import resolve_policy
+from raygym.types import Generation, Message, Sampling
+
+PROMPT, ANSWER = 64, 32
+Send = Callable[[int], Awaitable[int]]
+"""Sends request number n; returns how many tokens came back."""
+
+
+def main() -> None:
+    """Measure all paths at 1, 8 and 32 concurrent requests, and what rendering a turn costs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one repetition and fewer requests")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    options = parser.parse_args()
+    repetitions, rounds = (1, 1) if options.quick else (3, 2)
+    model_dir = str(resolve_policy(options.model))
+    config = serving.with_engine_defaults(PolicyConfig(model=options.model, vllm={"max_model_len": 512}), model_dir)
+    samples: dict[str, list[float]] = {}
+    with vllm_serve(config, model_dir) as plain_url, raygym_serve(config, model_dir) as (url, handle):
+        asyncio.run(measure(samples, repetitions, rounds, plain_url, url, handle, options.model))
+    for path in ("handle", "http"):
+        levels = [samples[f"{path}_tokens_over_vllm_{level}"] for level in (1, 8, 32)]
+        # The worst level of each repetition.
+        samples[f"{path}_tokens_over_vllm"] = [min(values) for values in zip(*levels, strict=True)]
+    samples["render_turn_100_over_10"] = [render_ratio() for _ in range(3)]
+    report(
+        "serving", samples, config=f"{options.model}, {PROMPT} prompt tokens, up to {ANSWER} answer tokens, 1 replica"
+    )
+
+
+async def measure(
+    samples: dict[str, list[float]], repetitions: int, rounds: int, plain_url: str, url: str, handle: Any, model: str
+) -> None:
+    """Add one sample of everything for each repetition, the three paths one after the other at each level."""
+    async with http_client(plain_url) as plain, http_client(url) as ours:
+        paths: dict[str, Send] = {
+            "vllm": over_http(plain, model), "http": over_http(ours, model), "handle": over_handle(handle)
+        }  # fmt: skip
+        for send in paths.values():
+            await load(send, 4, 4)
+        for repetition in range(repetitions):
+            for level in (1, 8, 32):
+                names = list(paths)
+                for name in names[repetition % 3 :] + names[: repetition % 3]:
+                    seen = await load(paths[name], level, max(4, level * rounds))
+                    for metric, value in seen.items():
+                        samples.setdefault(f"{name}_{metric}_{level}", []).append(value)
+                for name in ("http", "handle"):
+                    ratio = samples[f"{name}_tokens_per_s_{level}"][-1] / samples[f"vllm_tokens_per_s_{level}"][-1]
+                    samples.setdefault(f"{name}_tokens_over_vllm_{level}", []).append(ratio)
+
+
+async def load(send: Send, concurrent: int, requests: int) -> dict[str, float]:
+    """Send requests, so many at once; tokens and requests a second, and latencies in ms."""
+    numbers, latencies, tokens = iter(range(requests)), [], 0
+
+    async def worker() -> None:
+        nonlocal tokens
+        for number in numbers:
+            started = time.perf_counter()
+            tokens += await send(number)
+            latencies.append(time.perf_counter() - started)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(concurrent)))
+    seconds = time.perf_counter() - started
+    p50, p99 = np.percentile(np.asarray(latencies) * 1000, [50, 99])
+    return {"tokens_per_s": tokens / seconds, "requests_per_s": requests / seconds, "ms_p50": p50, "ms_p99": p99}
+
+
+def prompt(number: int) -> list[int]:
+    """Prompt number n, the same on every path."""
+    return np.random.default_rng(number).integers(100, 40_000, PROMPT).tolist()  # type: ignore[no-any-return]
+
+
+def http_client(url: str) -> httpx.AsyncClient:
+    """A client with a connection for every request at once."""
+    return httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=None))
+
+
+def over_http(client: httpx.AsyncClient, model: str) -> Send:
+    """`/v1/completions` with token IDs."""
+
+    async def send(number: int) -> int:
+        body = {"model": model, "prompt": prompt(number), "max_tokens": ANSWER, "seed": number, "temperature": 1.0}
+        answer = await client.post("/v1/completions", json={**body, "logprobs": 0, "return_token_ids": True})
+        answer.raise_for_status()
+        return int(answer.json()["usage"]["completion_tokens"])
+
+    return send
+
+
+def over_handle(handle: Any) -> Send:
+    """`generate` of the deployment."""
+
+    async def send(number: int) -> int:
+        sampling = Sampling(temperature=1.0, max_tokens=ANSWER, seed=number)
+        generation: Generation = await handle.generate.remote(
+            np.asarray(prompt(number), np.int32), sampling, f"n{number}"
+        )
+        return len(generation.token_ids)
+
+    return send
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def vllm_serve(config: PolicyConfig, model_dir: str) -> Iterator[str]:
+    """vLLM's own server with the engine settings of a raygym replica."""
+    port, flags = free_port(), ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
+    for key, value in config.vllm.items():
+        flag = key.replace("_", "-")
+        flags += (
+            ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    vllm = Path(sys.executable).parent / "vllm"
+    command = [vllm, "serve", model_dir, "--served-model-name", config.model, "--port", str(port), *flags]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
+        command, env=os.environ | serving.engine_environment(config), stdout=log, stderr=log
+    ) as process:  # fmt: skip
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_healthy(url, process)
+            yield url
+        except BaseException:
+            log.seek(0)
+            print(log.read()[-2000:], file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def wait_healthy(url: str, process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
+    """Wait for /health."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(1)
+    raise RuntimeError(f"vllm serve was not up within {timeout_s} s")
+
+
+@contextmanager
+def raygym_serve(config: PolicyConfig, model_dir: str) -> Iterator[tuple[str, Any]]:
+    """A PolicyServer with one replica."""
+    port = free_port()
+    cluster.connect()
+    try:
+        handle = serving.deploy("benchmark", config, model_dir, port)
+        yield f"http://127.0.0.1:{port}", handle
+    finally:
+        serving.undeploy("benchmark")
+        cluster.disconnect()
+
+
+def render_ratio(repeats: int = 50) -> float:
+    """What preparing the prompt of turn 100 of a session costs, over turn 10."""
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct")))
+    store, known = SessionStore("benchmark"), KnownHistories()
+    session = store.create("train", {})
+    messages: list[Message] = [{"role": "user", "content": "Guess my number from 1 to 20."}]
+    costs: dict[int, float] = {}
+    for turn in range(1, 101):
+        call = Call("chat", known, session=session, store=store)
+        timed = repeats if turn in (10, 100) else 1
+        # Parsed anew by every request, as over HTTP.
+        parsed = [copy.deepcopy(messages) for _ in range(timed)]
+        started = time.perf_counter()
+        for history in parsed:
+            call.chat_prompt(history, lambda: renderer, partial(renderer.render_initial, history))
+        costs[turn] = (time.perf_counter() - started) / timed
+        ids = np.asarray([40, 41, 2], np.int32)
+        call.replace(Generation(ids, np.zeros(3, np.float32), np.zeros(3, np.int32), "stop"))
+        answer = {"role": "assistant", "content": f"answer {turn}"}
+        call.finish(answer)
+        messages += [answer, {"role": "user", "content": "Higher. Try again with another number."}]
+    return costs[100] / costs[10]
+
+
+if __name__ == "__main__":
+    main()
