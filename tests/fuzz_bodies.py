@@ -22,6 +22,9 @@ LOOK = {
     },
 }
 
+# Without `strict`, no grammar cuts the distribution, so the tokens can be trained.
+FREE_LOOK = {"type": "function", "function": {k: v for k, v in LOOK["function"].items() if k != "strict"}}
+
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 10**9, -(10**9), 2**63, 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf"), "",
     "x", "\x00", "\ud800", "auto", "none", "required", "json_object", "text", [], [[]], [None], [1], ["x"], [-1],

@@ -6,6 +6,8 @@ The cases of the token-ID contract are played with two real tokenizers: SmolLM2'
 from __future__ import annotations
 
 import copy
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,3 +236,33 @@ class TestTemplatesThatBreakTheRule:
         ChatRenderer(changed)
         with pytest.raises(TemplateError, match="no tools"):
             ChatRenderer(changed, tools=[TOOL_SCHEMA])
+
+
+TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|>"), max_size=30)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_conversation_on_any_template_extends_what_was_seen(path: Path, data: st.DataObject) -> None:
+    tokenizer = smollm2_with(path)
+    renderer = ChatRenderer(tokenizer)
+    ids_ = st.lists(st.integers(0, 49_151).filter(lambda i: i not in tokenizer.all_special_ids), max_size=6)
+    seen = renderer.render_initial([{"role": "user", "content": data.draw(TEXTS)}])
+    for _ in range(data.draw(st.integers(1, 4))):
+        ended = data.draw(st.booleans())
+        seen = after(seen, data.draw(ids_) + [renderer.end_of_turn_id] * ended)
+        said = data.draw(TEXTS)
+        prompt = renderer.extend(seen, [{"role": "user", "content": said}])
+        assert prompt[: len(seen)].tolist() == seen.tolist()
+        added = prompt[len(seen) :].tolist()
+        assert (added[0] == renderer.end_of_turn_id) != ended, "the end of the turn stands there once"
+        # Through the tokenizer: its vocabulary, read from a GGUF file, lacks some control characters.
+        assert tokenizer.decode(ids(tokenizer, said.strip())) in tokenizer.decode(added)
+        seen = prompt
+
+
+@cache
+def smollm2_with(path: Path) -> Any:
+    return with_template(AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct")), path.read_text())

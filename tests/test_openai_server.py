@@ -27,7 +27,8 @@ import numpy as np
 import openai
 import pytest
 import torch
-from fuzz_bodies import LOOK, fuzzed
+from fuzz_bodies import FREE_LOOK, LOOK, fuzzed
+from ray_head import ray_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raygym.models import resolve_policy
@@ -35,8 +36,6 @@ from raygym.models import resolve_policy
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent
 MODEL_LENGTH = 1024
-# Without `strict`, no grammar cuts the distribution, so the tokens can be trained.
-FREE_LOOK = {"type": "function", "function": {k: v for k, v in LOOK["function"].items() if k != "strict"}}
 LOOK_NORTH = {"name": "look", "arguments": '{"place": "north"}'}
 # SmolLM2's own template shows no tools and no tool calls; this one, of our own, does.
 TEMPLATE = (ROOT / "tests" / "templates" / "groups_tool_results.jinja").read_text()
@@ -65,6 +64,8 @@ class Server:
     key: str
     white: list[int]
     """Tokens that are nothing but white space."""
+    environment: dict[str, str]
+    """For another process in the same cluster."""
 
     def openai(self, base: str = "/v1") -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url + base, api_key=self.key, max_retries=0, timeout=60)
@@ -81,16 +82,20 @@ def server(model_dir: Path) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"SERVER_KEY": "let me in"}
     command = [
         sys.executable, "-m", "raygym", "serve", "configs/tiny.yaml", f"policy.model={model_dir}", "policy.replicas=2",
         f"policy.http.port={port}", "policy.api_key_env=SERVER_KEY", f"policy.vllm.max_model_len={MODEL_LENGTH}",
         "policy.http.max_body_mib=1",
         "policy.vllm.structured_outputs_config={backend: xgrammar, disable_any_whitespace: true}",
     ]  # fmt: skip
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    # In a cluster that others can join, for the handle.
+    with (
+        ray_head() as head,
+        subprocess.Popen(
+            command, cwd=ROOT, env=(environment := os.environ | on_cluster(head) | {"SERVER_KEY": "let me in"}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process,
+    ):  # fmt: skip
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.search(r"http://\S+:\d+(?=/v1)", line)
@@ -98,11 +103,15 @@ def server(model_dir: Path) -> Iterator[Server]:
             pytest.fail(f"no ready line: {line!r} {process.communicate(timeout=60)}")
         vocabulary = AutoTokenizer.from_pretrained(model_dir)
         white = [i for i in range(len(vocabulary)) if vocabulary.decode([i]) and not vocabulary.decode([i]).strip()]
-        yield Server(found[0], str(model_dir), "let me in", white)
+        yield Server(found[0], str(model_dir), "let me in", white, environment)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=90)
-    assert process.returncode == 130, error
-    assert "Traceback" not in error
+        assert process.returncode == 130, error
+        assert "Traceback" not in error
+
+
+def on_cluster(head: dict[str, str]) -> dict[str, str]:
+    return {"RAY_ADDRESS": head["address"]} | {key: value for key, value in head.items() if key.startswith("RAY_")}
 
 
 class TestOpenAIClient:
@@ -384,6 +393,17 @@ class TestExactness:
             assert worst < 1e-3
         owners = {record["id"].partition(".")[0] for record in played}
         assert len(owners) == 2, "sessions were opened on both replicas"
+
+    def test_by_handle(self, server: Server, trainer: Any) -> None:
+        script = Path(__file__).with_name("handle_agents.py")
+        done = subprocess.run(
+            [sys.executable, script, "raygym-tiny", server.model, str(self.CONVERSATIONS)],
+            cwd=ROOT, env=server.environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        played = json.loads(done.stdout.splitlines()[-1])
+        assert len(played) == self.CONVERSATIONS
+        assert max(self.compare(trainer, record["ids"], record["mask"], record["logprobs"]) for record in played) < 1e-3
 
     async def test_responses_in_a_session(self, server: Server) -> None:
         with server.http() as http:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray_head import ray_head
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "raygym"]
@@ -95,29 +93,9 @@ def test_an_environment_that_always_fails_ends_the_command_with_its_name(tmp_pat
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A local `ray start --head` with a dashboard, on ports and in a directory of its own."""
-    ports = []
-    # The agents' ports too: with the default ones, an agent fails beside another cluster's and no job is accepted.
-    for _ in range(4):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    ray = str(Path(sys.executable).parent / "ray")
-    with tempfile.TemporaryDirectory(prefix="rg", ignore_cleanup_errors=True) as directory:
-        # A token of its own: whether Ray asks for one by default depends on whether this user's home has one.
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        process = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--temp-dir={directory}",
-             f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}",
-             f"--dashboard-agent-grpc-port={ports[3]}", "--disable-usage-stats"],
-            env=environment(**token), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            yield {"ray": ray, "dashboard": f"http://127.0.0.1:{ports[1]}", **token}
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+def head() -> Iterator[dict[str, str]]:
+    with ray_head() as started:
+        yield started
 
 
 @pytest.mark.vllm
