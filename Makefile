@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 # DeepSpeed looks for ninja on the PATH; last, for the reason given in tools/setup.py.
 export PATH := $(PATH):$(CURDIR)/$(BIN)
 
-.PHONY: setup demo test test-pure lint bench clean
+.PHONY: setup demo test test-long test-pure lint bench clean
 
 setup:
 	@python3 tools/setup.py $(if $(PYTHON),--python "$(PYTHON)")
@@ -19,6 +19,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Every parameter, 200 conversations each way, 5,000 fuzzed bodies, 2,000 requests at once.
+test-long: setup
+	RAYGYM_LONG=1 $(BIN)/python -m pytest
 
 # Seconds instead of minutes: no Ray cluster, no engine.
 test-pure: setup

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "not ray ..."`, files that hold nothing else are not even imported: that takes seconds."""
+    if collection_path.suffix == ".py" and "not ray" in config.option.markexpr:
+        return "pytestmark = [pytest.mark.ray" in collection_path.read_text(encoding="utf-8") or None
+    return None
 
 
 @pytest.fixture(scope="session")

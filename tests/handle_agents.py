@@ -53,7 +53,9 @@ async def main() -> None:
         async with limit:
             return await play(handle, renderer, seed)
 
-    print(json.dumps(await asyncio.gather(*(one(seed) for seed in range(count)))))
+    fixed = await handle.generate.remote(np.arange(50, 80, dtype=np.int32), Sampling(1.0, 8, seed=11), "fixed")
+    played = await asyncio.gather(*(one(seed) for seed in range(count)))
+    print(json.dumps({"fixed": fixed.token_ids.tolist(), "played": played}))
 
 
 if __name__ == "__main__":

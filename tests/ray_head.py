@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 
 @contextmanager
@@ -43,7 +45,11 @@ def ray_head() -> Iterator[dict[str, str]]:
             wait_open(ports[0], process)
             yield {"ray": ray, "dashboard": f"http://127.0.0.1:{ports[1]}", "address": f"127.0.0.1:{ports[0]}", **token}
         finally:
-            process.terminate()
+            # `ray start --block` itself takes half a minute to end its processes.
+            tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for member in tree:
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
             process.wait(timeout=60)
 
 

@@ -260,6 +260,11 @@ class TestSessions:
         read = (await server.client.get(base)).json()
         assert [len(segment["calls"]) for segment in read["segments"]] == [2, 1]
 
+    async def test_one_prompt_a_call(self, server: Server) -> None:
+        base = f"/sessions/{await self.open(server)}"
+        answer = await server.post(f"{base}/v1/completions", {"prompt": ["a", "b"]})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
     @pytest.mark.parametrize(
         ("session", "status", "code"),
         [("nonsense", 404, "session_not_found"), ("here.x", 404, "session_not_found"), ("gone.x", 410, "session_lost")],
@@ -352,5 +357,8 @@ class TestDoor:
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
     async def test_unknown_paths_and_methods_have_error_objects(self, server: Server) -> None:
-        for answer in (await server.post("/v1/chat/nothing", {}), await server.client.put("/sessions/x")):
+        answers = [await server.client.put("/sessions/x"), await server.post("/scale_elastic_ep", {})]
+        for answer in answers:
             assert answer.status_code in (404, 405)
+            assert isinstance(answer.json()["error"]["message"], str)
+        assert (await server.post("/v1/chat/nothing", {})).status_code == 404

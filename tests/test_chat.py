@@ -153,7 +153,7 @@ def test_extending_equals_rendering_the_whole_without_drift(tokenizer, renderer)
     assert renderer.drifted([USER, {"role": "assistant", "content": "13"}], history)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     turns=st.lists(
         st.tuples(st.lists(st.integers(0, 258), min_size=1, max_size=12), st.text(max_size=20)), min_size=1, max_size=4
@@ -243,7 +243,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|>
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_conversation_on_any_template_extends_what_was_seen(path: Path, data: st.DataObject) -> None:
     tokenizer = smollm2_with(path)

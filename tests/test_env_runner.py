@@ -22,6 +22,7 @@ from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
 from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Generation, Int32Array, Sampling, Task, Trajectory
 
+pytestmark = [pytest.mark.ray]
 END = 2
 SAMPLING = Sampling(temperature=1.0, max_tokens=8)
 LIMITS = EpisodeLimits(
@@ -195,7 +196,6 @@ def run(actor: Any, group_id: str, env: str = "sums", episode: int = 0) -> Traje
     return ray.get(actor.run_episode.remote(Task(0, env, 3), group_id, episode, 0, SAMPLING), timeout=60)
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 class TestActor:

@@ -294,7 +294,7 @@ class TestEnvTrouble:
     async def test_coroutine_that_ignores_its_cancellation_times_out(self, renderer):
         class Stubborn(Talk):
             async def step(self, action):
-                for _ in range(20):
+                for _ in range(9):
                     try:
                         await asyncio.sleep(0.1)
                     except asyncio.CancelledError:

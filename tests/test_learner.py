@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_packing import make_sequence
+from tiers import only_long
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.learner_group import LearnerError, LearnerGroup
@@ -18,7 +19,7 @@ from raygym.config import LearnerConfig
 from raygym.models import resolve_policy
 from raygym.types import TrainSequence
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray]
 
 TEMPERATURE = 0.8
 LENGTHS = [40, 9, 25, 3, 31, 17, 40, 2, 12, 60, 22, 8]
@@ -118,7 +119,15 @@ def whole_weights(group: LearnerGroup, path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "budget"), [(0, 1, 64), (0, 2, 10_000), (1, 2, 64), (2, 2, 64), (3, 1, 10_000), (3, 2, 64)]
+    ("stage", "ranks", "budget"),
+    [
+        pytest.param(0, 1, 64, marks=only_long),
+        (0, 2, 10_000),
+        pytest.param(1, 2, 64, marks=only_long),
+        (2, 2, 64),
+        pytest.param(3, 1, 10_000, marks=only_long),
+        (3, 2, 64),
+    ],
 )
 def test_updates_equal_plain_pytorch(
     stage: int,
@@ -220,7 +229,7 @@ def test_a_failing_rank_is_named(pair: LearnerGroup, tmp_path: Path) -> None:
     assert pair.call_all("ping", timeout_s=30) == [0, 1]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=only_long), pytest.param(2, marks=only_long), 3])
 def test_bfloat16_follows_float32(
     stage: int, ray_cluster: None, model_dir: Path, sequences: list[TrainSequence]
 ) -> None:

@@ -29,11 +29,12 @@ import pytest
 import torch
 from fuzz_bodies import FREE_LOOK, LOOK, fuzzed
 from ray_head import ray_head
+from tiers import LONG
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raygym.models import resolve_policy
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent
 MODEL_LENGTH = 1024
 LOOK_NORTH = {"name": "look", "arguments": '{"place": "north"}'}
@@ -248,6 +249,31 @@ class TestOpenAIClient:
         assert caught.value.status_code == status
         assert words in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("path", "change"),
+        [
+            ("/v1/completions", b'"structured_outputs": "none"'),
+            ("/v1/chat/completions", b'"structured_outputs": [[]]'),
+            ("/v1/responses", b'"include": true'),
+            ("/v1/responses", b'"include": NaN'),
+            ("/v1/chat/completions", b'"stop": "\\ud800"'),
+        ],
+    )
+    def test_what_once_was_a_500(self, server: Server, path: str, change: bytes) -> None:
+        model = json.dumps(server.model).encode()
+        body = b'{"model": %s, "messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x", %s}'
+        with server.http() as http:
+            answer = http.post(path, content=body % (model, change))
+        assert answer.status_code == 400
+        assert isinstance(answer.json()["error"]["message"], str)
+
+    def test_a_stream_asked_for_in_an_odd_way(self, server: Server) -> None:
+        with server.http() as http:
+            body = {"model": server.model, "input": "hi", "max_output_tokens": 4, "stream": 1}
+            answer = http.post("/v1/responses", json=body)
+        assert answer.status_code == 200
+        assert "response.created" in answer.text
+
     def test_a_wrong_key(self, server: Server) -> None:
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=server.url + "/v1", api_key="guess", max_retries=0).models.list()
@@ -304,9 +330,9 @@ class Agent:
 
 
 class TestExactness:
-    """200 random conversations each way: no drift, and the trainer's logprobs are the engine's."""
+    """Random conversations (200 in the long tier) each way: no drift, and the trainer's logprobs are the engine's."""
 
-    CONVERSATIONS = 200
+    CONVERSATIONS = 200 if LONG else 40
 
     @pytest.fixture(scope="class")
     def trainer(self, model_dir: Path) -> Any:
@@ -401,7 +427,12 @@ class TestExactness:
             cwd=ROOT, env=server.environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        played = json.loads(done.stdout.splitlines()[-1])
+        record = json.loads(done.stdout.splitlines()[-1])
+        with server.http() as http:
+            body = {"model": server.model, "prompt": list(range(50, 80)), "max_tokens": 8, "seed": 11}
+            same = http.post("/v1/completions", json=body | {"return_token_ids": True}).json()["choices"][0]
+        assert same["token_ids"] == record["fixed"], "HTTP and handle answer the same request with the same tokens"
+        played = record["played"]
         assert len(played) == self.CONVERSATIONS
         assert max(self.compare(trainer, record["ids"], record["mask"], record["logprobs"]) for record in played) < 1e-3
 
@@ -482,7 +513,7 @@ class TestOperations:
 class TestFuzz:
     """Thousands of bodies, mutated from valid ones: every answer is a 2xx, or a 4xx with OpenAI's error object."""
 
-    BODIES = 2000
+    BODIES = 5000 if LONG else 500
 
     def test_no_body_is_a_5xx_and_the_engine_serves_afterwards(self, server: Server) -> None:
         bad = asyncio.run(self.send(server, [fuzzed(seed, server.model) for seed in range(self.BODIES)]))

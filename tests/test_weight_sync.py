@@ -18,7 +18,7 @@ from raygym.config import LearnerConfig, PolicyConfig, SyncConfig
 from raygym.models import resolve_policy
 from raygym.types import Generation, Int32Array, Sampling, TrainSequence
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
 @dataclass

@@ -32,6 +32,9 @@ _KINDS = {
     "/tokenize": "tokenize",
 }
 _OPEN_PATHS = ("/health",)
+# vLLM's app has more (scaling of expert groups, other vendors' conventions) that is not for a policy's clients.
+_SERVED = ("/health", "/ping", "/version", "/load", "/tokenize", "/detokenize", "/tokenizer_info", "/metrics", "/docs")
+_SERVED_BELOW = ("/v1/", "/docs/", "/openapi.json")
 _METRICS_PATH = "/metrics"
 
 
@@ -94,6 +97,8 @@ class ApiFront:
                 return
             path = rest
             scope = {**scope, "path": path, "raw_path": path.encode()}
+        if path not in _SERVED and not path.startswith(_SERVED_BELOW):
+            raise ApiError(404, f"{path}: nothing is served here; the API is below /v1", code="not_found")
         if path == _METRICS_PATH and self._metrics is not None and scope["method"] == "GET":
             await _answer(send, 200, (await self._metrics()).encode(), b"text/plain; version=0.0.4; charset=utf-8")
             return
@@ -207,9 +212,15 @@ def _take_token_request(call: Call, body: dict[str, Any]) -> None:
         if not isinstance(include, list):
             raise ApiError(400, f"include: expected a list, found {include!r:.80}", "include")
         call.wants_ids = bool(body.get("return_token_ids") or "message.output_text.logprobs" in include)
+    elif call.kind == "completion" and call.session is not None:
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and not all(type(token) is int for token in prompt):
+            raise ApiError(400, "prompt: a session records one prompt a call; ask once for each", "prompt")
     if call.kind != "tokenize" and (call.wants_ids or call.session is not None or call.carried):
         if body.get("n") not in (None, 1):
             raise ApiError(400, f"n: {body['n']!r} answers in one call cannot be trained on; ask once for each", "n")
+        if body.get("use_beam_search"):
+            raise ApiError(400, "use_beam_search: beams are not samples of the policy; leave it out", "use_beam_search")
         if call.wants_ids and "top_logprobs" in body and body["top_logprobs"] is None:
             problem = "null together with a request for token IDs; leave it out or send 0"
             raise ApiError(400, f"top_logprobs: {problem}", "top_logprobs")
