@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import generate_latest
 from ray import serve
+from ray.exceptions import RayError
 
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_receiver import receive_version
@@ -107,7 +108,10 @@ class PolicyServer:
 
     async def _all_metrics(self) -> str:
         handle = serve.get_deployment_handle(DEPLOYMENT, self._app_name)
-        answers = await asyncio.to_thread(handle.broadcast("metrics").results, timeout_s=_METRICS_TIMEOUT_S)
+        try:
+            answers = await asyncio.to_thread(handle.broadcast("metrics").results, timeout_s=_METRICS_TIMEOUT_S)
+        except (TimeoutError, RayError):
+            answers = [await self.metrics()]  # a replica is hung or dying: this one's are better than none
         return prometheus.merged(
             {rank: text for rank, text, _, _ in answers}, {rank: (given, now) for rank, _, given, now in answers}
         )

@@ -513,7 +513,7 @@ class TestOperations:
 class TestFuzz:
     """Thousands of bodies, mutated from valid ones: every answer is a 2xx, or a 4xx with OpenAI's error object."""
 
-    BODIES = 5000 if LONG else 500
+    BODIES = 5000 if LONG else 400
 
     def test_no_body_is_a_5xx_and_the_engine_serves_afterwards(self, server: Server) -> None:
         bad = asyncio.run(self.send(server, [fuzzed(seed, server.model) for seed in range(self.BODIES)]))

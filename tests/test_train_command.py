@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from ray_head import ray_head
+from tiers import only_long
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "raygym"]
@@ -76,6 +77,7 @@ def test_failures_are_retried_and_an_interrupt_stops_everything(tmp_path: Path) 
     assert sum(line["trained"] for line in ledger) % 4 == 0
 
 
+@only_long  # the scheduler's own tests stop as well, without the half minute of a start
 def test_an_environment_that_always_fails_ends_the_command_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(
         "import raygym\n\n\nclass Broken(raygym.ChatEnv):\n"

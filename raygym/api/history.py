@@ -108,22 +108,25 @@ class Digested:
     closed: bytes = b""
     """Digest of all but the last turn."""
     turn: Turn | None = None
+    text_bytes: int = 0
+    """Characters of all texts, near enough to what they take in memory."""
 
     def continued(self, messages: Sequence[Mapping[str, Any]]) -> Digested:
         """The digests of `messages`; what it shares with this conversation is compared, not digested anew."""
         shared = len(self.messages)
         same = shared <= len(messages) and messages[:shared] == self.messages
         known = self if same else _NOTHING
-        found, closed, turn = list(known.digests), known.closed, known.turn
+        found, closed, turn, size = list(known.digests), known.closed, known.turn, known.text_bytes
         for message in messages[len(found) :]:
             role, text, calls = _canonical(message)
+            size += len(text) + sum(len(arguments) for _, arguments in calls)
             # Assistant messages in a row are one turn: clients split text and tool calls of one answer.
             if turn is not None and role == turn[0] == "assistant":
                 turn = (role, turn[1] + text, turn[2] + calls)
             else:
                 closed, turn = found[-1] if found else b"", (role, text, calls)
             found.append(_digest(closed, turn))
-        return Digested(messages, found, closed, turn)
+        return Digested(messages, found, closed, turn, size)
 
 
 _NOTHING = Digested([], [])

@@ -91,8 +91,7 @@ class Session:
     used_at: float
     calls: list[RecordedCall] = field(default_factory=list)
     forks: int = 0
-    nbytes: int = 0
-    """Roughly what the recorded tokens take."""
+    _recorded_bytes: int = 0
     _by_digest: dict[bytes, RecordedCall] = field(default_factory=dict)
     _digested: Digested = field(default_factory=lambda: Digested([], []))
     """The last history that was looked up: the next one mostly continues it."""
@@ -133,10 +132,16 @@ class Session:
         elif self.calls:
             self.forks += 1
         self.calls.append(call)
-        self.nbytes += len(call.prompt_suffix) * 4 + len(generation.token_ids) * _BYTES_PER_TOKEN
+        tokens = len(call.prompt_suffix) * 4 + len(generation.token_ids) * _BYTES_PER_TOKEN
+        self._recorded_bytes += tokens + len(str(details.message))
         call.keep_whole(np.concatenate([prompt, generation.token_ids]))
         if messages is not None:
             self._by_digest[self._digested.continued(messages).digests[-1]] = call
+
+    @property
+    def nbytes(self) -> int:
+        """Roughly what the record takes: tokens, answers, and the last history."""
+        return self._recorded_bytes + self._digested.text_bytes
 
     def segments(self) -> list[dict[str, Any]]:
         """One segment a leaf, in the order in which the leaves were made: JSON-ready lists of one length each."""
@@ -209,6 +214,7 @@ class SessionStore:
         self._clock = clock
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._ended: OrderedDict[str, str] = OrderedDict()
+        self._counted: dict[str, int] = {}
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -251,10 +257,10 @@ class SessionStore:
 
     def record(self, session: Session, *arguments: Any) -> None:
         """`Session.record`, counted."""
-        before = session.nbytes
         session.record(*arguments)
         if session.session_id in self._sessions:
-            self.nbytes += session.nbytes - before
+            self.nbytes += session.nbytes - self._counted.get(session.session_id, 0)
+            self._counted[session.session_id] = session.nbytes
 
     def check_room(self) -> None:
         """Raises ApiError (429) when no more tokens may be recorded."""
@@ -270,7 +276,8 @@ class SessionStore:
             self._end(session_id, f"not used for {self.ttl_s:.0f} s")
 
     def _end(self, session_id: str, why: str) -> None:
-        self.nbytes -= self._sessions.pop(session_id).nbytes
+        del self._sessions[session_id]
+        self.nbytes -= self._counted.pop(session_id, 0)
         self._ended[session_id] = why
         while len(self._ended) > _REMEMBERED_ENDS:
             self._ended.popitem(last=False)
