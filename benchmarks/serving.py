@@ -46,16 +46,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one repetition and fewer requests")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
     options = parser.parse_args()
     repetitions, rounds = (1, 1) if options.quick else (3, 1)
     model_dir = str(resolve_policy(options.model))
     config = serving.with_engine_defaults(PolicyConfig(model=options.model, vllm=_ENGINE), model_dir)
     samples: dict[str, list[float]] = {}
     with vllm_serve(config, model_dir) as plain_url, raygym_serve(config, model_dir) as (url, handle):
-        asyncio.run(measure(samples, repetitions, rounds, plain_url, url, handle, options.model))
+        asyncio.run(measure(samples, options, repetitions, rounds, plain_url, url, handle))
     for path in ("handle", "http"):
         # The worst level, by its median: single repetitions differ by a quarter on a shared machine.
-        medians = [median(samples[f"{path}_tokens_over_vllm_{level}"]) for level in (1, 8, 32)]
+        medians = [median(samples[f"{path}_tokens_over_vllm_{level}"]) for level in options.levels]
         samples[f"{path}_tokens_over_vllm"] = [min(medians)]
     samples["render_turn_100_over_10"] = [render_ratio() for _ in range(3)]
     report(
@@ -64,17 +65,25 @@ def main() -> None:
 
 
 async def measure(
-    samples: dict[str, list[float]], repetitions: int, rounds: int, plain_url: str, url: str, handle: Any, model: str
+    samples: dict[str, list[float]],
+    options: argparse.Namespace,
+    repetitions: int,
+    rounds: int,
+    plain_url: str,
+    url: str,
+    handle: Any,
 ) -> None:
     """Add one sample of everything for each repetition, the three paths one after the other at each level."""
     async with http_client(plain_url) as plain, http_client(url) as ours:
         paths: dict[str, Send] = {
-            "vllm": over_http(plain, model), "http": over_http(ours, model), "handle": over_handle(handle)
-        }  # fmt: skip
+            "vllm": over_http(plain, options.model),
+            "http": over_http(ours, options.model),
+            "handle": over_handle(handle),
+        }
         for send in paths.values():
             await load(send, 4, 4)
         for repetition in range(repetitions):
-            for level in (1, 8, 32):
+            for level in options.levels:
                 names = list(paths)
                 for name in names[repetition % 3 :] + names[: repetition % 3]:
                     seen = await load(paths[name], level, max(4, level * rounds))
