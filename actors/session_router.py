@@ -10,8 +10,7 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from raygym.api.front import SESSION_HEADER
-from raygym.api.front import split_session as session_in_path
+from raygym.api.front import SESSION_HEADER, split_session
 
 # A session leaves the replica that holds its cache when that one has this many requests more than twice the least.
 _OVERLOAD = 8
@@ -60,7 +59,7 @@ def session_of(pending_request: PendingRequest) -> tuple[str, str]:
         scope = pickle.loads(pending_request.args[0]).asgi_scope
         path = str(scope.get("path", ""))
         if path.startswith("/sessions/"):
-            return session_in_path(path)[0], ""
+            return split_session(path)[0], ""
         for key, value in scope.get("headers", ()):
             if key.lower() == SESSION_HEADER.encode():
                 return value.decode("latin-1"), ""

@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from raygym.api.call import Call, current_call
 from raygym.chat import ChatRenderer, TemplateError
-from raygym.engine import EngineError
+from raygym.engine import NO_LOGPROB, EngineError
 from raygym.types import Generation, Int32Array, Message, Sampling
 from raygym.weights import model_checksum, tensor_checksum
 
@@ -39,7 +39,6 @@ _FIXED_ARGS: dict[str, Any] = {
 }
 _FINISH_REASONS = {"stop": "stop", "length": "length"}
 _RENDERERS_KEPT = 64
-_NO_LOGPROB = -9999.0
 _RECORDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
 
 
@@ -322,8 +321,7 @@ def _generation(output: Any, current_version: int) -> Generation:
     token_ids = np.asarray(output.token_ids, np.int32)
     logprobs = np.full(len(token_ids), np.nan, np.float32)
     for index, (entry, token) in enumerate(zip(output.logprobs or (), output.token_ids, strict=False)):
-        # -9999 is vLLM's word for "none".
-        if entry[token].logprob > _NO_LOGPROB:
+        if entry[token].logprob > NO_LOGPROB:
             logprobs[index] = entry[token].logprob
     versions = np.full(len(token_ids), current_version, np.int32)
     for span in output.weight_versions or ():

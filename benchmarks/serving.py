@@ -9,13 +9,12 @@ import argparse
 import asyncio
 import copy
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from statistics import median
 from typing import Any
@@ -148,17 +147,13 @@ def over_handle(handle: Any) -> Send:
     return send
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def vllm_serve(config: PolicyConfig, model_dir: str) -> Iterator[str]:
     """vLLM's own server with the engine settings of a raygym replica."""
-    port, flags = free_port(), ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
+    port, flags = (
+        cluster.http_port(config.http),
+        ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"],
+    )
     for key, value in config.vllm.items():
         flag = key.replace("_", "-")
         flags += (
@@ -187,11 +182,9 @@ def wait_healthy(url: str, process: subprocess.Popen[bytes], timeout_s: float = 
     """Wait for /health."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
-        try:
+        with suppress(httpx.HTTPError):  # it does not listen yet
             if httpx.get(f"{url}/health", timeout=5).is_success:
                 return
-        except httpx.HTTPError:
-            pass
         time.sleep(1)
     raise RuntimeError(f"vllm serve was not up within {timeout_s} s")
 
@@ -199,7 +192,7 @@ def wait_healthy(url: str, process: subprocess.Popen[bytes], timeout_s: float = 
 @contextmanager
 def raygym_serve(config: PolicyConfig, model_dir: str) -> Iterator[tuple[str, Any]]:
     """A PolicyServer with one replica."""
-    port = free_port()
+    port = cluster.http_port(config.http)
     cluster.connect()
     try:
         handle = serving.deploy("benchmark", config, model_dir, port)

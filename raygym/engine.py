@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 from raygym.types import Generation, Int32Array, Sampling
 
+NO_LOGPROB = -9000.0
+"""vLLM writes -9999 where it has no logprob; real ones of a float32 softmax never get near."""
+
 
 class EngineError(RuntimeError):
     """The engine could not do what it was asked; the text says what and why."""

@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 
 from raygym.chat import ChatRenderer, TemplateError
+from raygym.engine import NO_LOGPROB
 from raygym.env import StepResult
 from raygym.env_host import DeadlineMissed, EnvHost, within
 from raygym.tasks import turn_seed
@@ -27,9 +28,6 @@ from raygym.types import (
     Trajectory,
     Turn,
 )
-
-_NO_LOGPROB = -9000.0
-"""vLLM writes -9999 where it has no logprob; real ones of a float32 softmax never get near."""
 
 
 class Generate(Protocol):
@@ -199,7 +197,7 @@ class _Policy:
 def _check(generation: Generation) -> None:
     if len(generation.token_ids) == 0:
         raise EpisodeFailure(FailureKind.ENGINE_ERROR, "the engine returned no tokens")
-    bad = ~(np.isfinite(generation.logprobs) & (generation.logprobs > _NO_LOGPROB))
+    bad = ~(np.isfinite(generation.logprobs) & (generation.logprobs > NO_LOGPROB))
     if bad.any():
         at = int(np.argmax(bad))
         raise EpisodeFailure(

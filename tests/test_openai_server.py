@@ -12,7 +12,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -80,12 +79,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model_dir: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "raygym", "serve", "configs/tiny.yaml", f"policy.model={model_dir}", "policy.replicas=2",
-        f"policy.http.port={port}", "policy.api_key_env=SERVER_KEY", f"policy.vllm.max_model_len={MODEL_LENGTH}",
+        "policy.api_key_env=SERVER_KEY", f"policy.vllm.max_model_len={MODEL_LENGTH}",
         "policy.http.max_body_mib=1",
         "policy.vllm.structured_outputs_config={backend: xgrammar, disable_any_whitespace: true}",
     ]  # fmt: skip

@@ -129,7 +129,8 @@ class Call:
         conversation = None
         if self.messages is not None:
             conversation = [*self.messages, message]
-            self.known.remember(np.concatenate([self.prompt, generation.token_ids]), conversation)
+            if self.wants_ids:  # IDs that nobody was given cannot come back
+                self.known.remember(np.concatenate([self.prompt, generation.token_ids]), conversation)
         if self.session is not None and self.store is not None:
             how = CallDetails(self.kind, message, self.sampling, self.constrained)
             self.store.record(self.session, self.parent, self.prompt, generation, how, conversation)

@@ -132,11 +132,6 @@ class Digested:
 _NOTHING = Digested([], [])
 
 
-def digests(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """For each message, a digest of the conversation up to and including it. Costs one pass over the text."""
-    return _NOTHING.continued(messages).digests
-
-
 def _digest(before: bytes, turn: Turn) -> bytes:
     role, text, calls = turn
     # Lengths first, so that no two conversations are spelled the same.

@@ -62,11 +62,14 @@ class Reply:
             finish_answer(self._call, answer)
             body = json.dumps(answer).encode() if self._call.wants_ids else body
         elif status >= 400:
+            text = _error_text(body)
+            said = text or body.decode("utf-8", "replace") or f"the engine answered with status {status}"
             if status >= 500 and not self._call.reached_engine:
                 # Whatever a strange value made fail before the engine was asked: a retry would fail as well.
-                self._start = {**self._start, "status": (status := 400)}
-                body = error_body(400, f"the request could not be understood: {_error_text(body)}")
-            body = _as_error(status, body)
+                self._start = {**self._start, "status": 400}
+                body = error_body(400, f"the request could not be understood: {said}")
+            elif text is None:  # not OpenAI's error object, whatever the engine's framework made of it
+                body = error_body(status, said)
         await self._send({**self._start, "headers": self._headers(len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -129,20 +132,10 @@ def finish_answer(call: Call, answer: dict[str, Any]) -> None:
         carrier.update(call.id_fields())
 
 
-def _error_text(body: bytes) -> str:
+def _error_text(body: bytes) -> str | None:
+    """The message of an OpenAI error object; None for anything else."""
     try:
-        return str(json.loads(body)["error"]["message"])
+        message = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return body.decode("utf-8", "replace")
-
-
-def _as_error(status: int, body: bytes) -> bytes:
-    """OpenAI's error object, whatever the engine's framework answered."""
-    try:
-        error = json.loads(body)["error"]
-        if isinstance(error["message"], str):
-            return body
-        text = str(error)
-    except (ValueError, KeyError, TypeError):
-        text = body.decode("utf-8", "replace")
-    return error_body(status, text or f"the engine answered with status {status}")
+        return None
+    return message if isinstance(message, str) else None
