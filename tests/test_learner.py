@@ -113,6 +113,17 @@ def plain_updates(model_dir: Path, sequences: list[TrainSequence], updates: int)
     return model, norms, sum(losses[-2:]) / trained
 
 
+def assert_updated_alike(name: str, weights: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-5, a hundredth of one update of 1e-3, where fp32 allows to say so.
+
+    Adam divides a gradient by its own size plus 1e-8: where it is about that small, the order of a sum decides by how
+    much the weight moves, and processors differ in it. Such weights are rare and still move by nearly the same.
+    """
+    difference = (weights - expected).abs()
+    assert (difference > 1e-5).float().mean() < 1e-4, f"{name}: {(difference > 1e-5).sum()} weights differ"
+    assert difference.max() < 1e-4, f"{name}: largest difference {difference.max()}"
+
+
 def whole_weights(group: LearnerGroup, path: Path) -> dict[str, torch.Tensor]:
     group.save_hf(str(path))
     return dict(load(path).named_parameters())
@@ -153,7 +164,7 @@ def test_updates_equal_plain_pytorch(
         assert not logprobs[~sequence.loss_mask].any()
     moved = 0.0
     for name, parameter in expected.named_parameters():
-        torch.testing.assert_close(weights[name], parameter, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert_updated_alike(name, weights[name], parameter)
         moved = max(moved, (parameter - start.get_parameter(name)).abs().max().item())
     assert moved > 1e-3, "the updates changed nothing: nothing was compared"
     assert all(spec == [(n, tuple(p.shape)) for n, p in start.named_parameters()] for spec in specs)
