@@ -47,6 +47,7 @@ class Trainer:
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
+            self._console.step(step + 1, self._metrics)
             if self._validation_due(step + 1):
                 self._validate(step + 1)
             self._log(step + 1)
@@ -97,7 +98,6 @@ class Trainer:
 
     def _log(self, step: int) -> None:
         self._files.metrics(step, {**self._metrics, "sync/checksum": self._checksum})
-        self._console.step(step, self._metrics)
         self._metrics = {}
 
     def _finish(self, version: int) -> dict[str, Any]:

@@ -11,15 +11,24 @@ from rich.status import Status
 from rich.text import Text
 
 _SPARKS = "▁▂▃▄▅▆▇█"
+# In 80 columns nine are left for the trend of the rewards. "logp Δ": between learner and engine.
+_COLUMNS = (
+    ("reward", 6), ("generate", 8), ("learn", 6), ("sync", 5), ("tok/s", 5), ("logp Δ", 6), ("failed", 6),
+    ("eta", 6),
+)  # fmt: skip
+_LONGEST_TREND = 24
+_ROWS_A_TITLE = 20
 
 
 class RunConsole:
-    """Prints a run's progress. Rewards are shown as a sparkline over the steps so far."""
+    """Prints a run's progress: a row a step, with the trend of the rewards as a sparkline at its end."""
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._steps = steps
         self._rewards: list[float] = []
+        self._rows = 0
+        self._columns = [("step", max(5, 2 * len(str(steps)) + 1)), *_COLUMNS]
         self._started = time.monotonic()
         self._status: Status | None = None
 
@@ -47,26 +56,31 @@ class RunConsole:
             self._status.update(Text(text))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for a finished step, `step` counted from 1."""
+        """One row for a finished step, `step` counted from 1; column titles before the first and now and then again."""
         self._rewards.append(metrics["reward/mean"])
+        if self._rows % _ROWS_A_TITLE == 0:
+            titles = "  ".join(title.rjust(width) for title, width in self._columns)
+            self._console.print(Text(titles, style="dim"))
+        self._rows += 1
         failed = int(sum(value for name, value in metrics.items() if name.startswith("episodes/failed/")))
-        busy = "  ".join(
-            f"{name} {metrics[f'time/{name}_s']:.1f}s"
-            for name in ("generate", "learn", "sync", "validate")
-            if metrics.get(f"time/{name}_s")
-        )
         # Over the whole step: what is generated while something else is waited for counts where it was used.
         rate = metrics["tokens/generated"] / max(metrics["time/step_s"], 1e-9)
-        parts = [
-            f"step {step:>{len(str(self._steps))}}/{self._steps}",
-            f"reward {metrics['reward/mean']:.3f} {sparkline(self._rewards[-20:])}",
-            busy,
-            f"{rate:.0f} tok/s",
-            f"logprob diff {metrics['policy/logprob_abs_diff']:.1e}",
-            f"failed {failed}",
-            f"eta {_duration(self._eta(step))}",
+        cells = [
+            Text(f"{step}/{self._steps}"),
+            Text(f"{metrics['reward/mean']:.3f}", style="bold"),
+            *(Text(f"{metrics.get(f'time/{name}_s', 0.0):.1f}s") for name in ("generate", "learn", "sync")),
+            Text(f"{rate:.0f}"),
+            Text(f"{metrics['policy/logprob_abs_diff']:.0e}"),
+            Text(f"{failed}", style="bold red" if failed else ""),
+            Text(_duration(self._eta(step))),
         ]
-        self.line("  ".join(parts))
+        for cell, (_, width) in zip(cells, self._columns, strict=True):
+            cell.align("right", max(width, cell.cell_len))
+        row = Text("  ").join(cells)
+        # Last, since it is what grows.
+        room = min(_LONGEST_TREND, max(1, self._console.width - row.cell_len - 2))
+        row.append("  ").append(sparkline(self._rewards[-room:]), style="green")
+        self._console.print(row)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for a validation after `step` steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -105,9 +106,10 @@ def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> 
     assert (files.moved_to / "metrics.jsonl").is_file()
 
 
-def test_the_console_prints_plain_lines_where_there_is_no_terminal() -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115
-    run = RunConsole(2, console)
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_console_prints_one_row_a_step_that_fits(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
+    run = RunConsole(200, console)
     times = {
         "time/step_s": 4.0,
         "time/generate_s": 2.0,
@@ -115,10 +117,14 @@ def test_the_console_prints_plain_lines_where_there_is_no_terminal() -> None:
         "time/sync_s": 0.5,
         "policy/logprob_abs_diff": 1e-6,
     }
-    run.step(1, rollout_metrics(collected(), 3) | times)
-    line = console.export_text()
-    for word in ("step 1/2", "reward 0.500", "generate 2.0s", "learn 1.0s", "4 tok/s", "failed 4"):
-        assert word in line
+    for step in range(1, 101):
+        run.step(step, rollout_metrics(collected(), 3) | times)
+    lines = console.export_text().splitlines()
+    assert lines[0].split() == ["step", "reward", "generate", "learn", "sync", "tok/s", "logp", "Δ", "failed", "eta"]
+    assert lines[1].split()[:8] == ["1/200", "0.500", "2.0s", "1.0s", "0.5s", "4", "1e-06", "4"]
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 105, "100 rows and a line of titles before every 20th"
+    assert len({line.index("2.0s") for line in lines if "0.500" in line}) == 1, "columns stay where they are"
 
 
 def test_sparkline() -> None:
