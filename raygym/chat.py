@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from raygym.tool_calls import ToolCalls
+from raygym.tool_prompt import with_tools_told
 from raygym.types import Int32Array, Message
 
 # Random, so that no message of an agent's can contain it.
@@ -57,14 +59,17 @@ class ChatRenderer:
         tools: Sequence[dict[str, Any]] = (),
         roles: Collection[str] = ("system", "user", "assistant"),
         render: Render | None = None,
+        calls: ToolCalls | None = None,
     ) -> None:
         """Take the tokenizer's chat template, after verifying it.
 
         Args:
             tokenizer: its chat template is used.
-            tools: OpenAI tool schemas shown to the policy.
+            tools: OpenAI tool schemas shown to the policy: by the template, or in the system message where the template
+                has no place for them.
             roles: what environments of the run use; `tool` is added where there are tools.
             render: takes the place of the tokenizer's own template, tools included.
+            calls: finds tool calls in what the policy wrote; without it nothing is one.
 
         Raises:
             TemplateError: the template cannot keep history's tokens; the text says how it breaks the rule.
@@ -72,6 +77,9 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._tools = list(tools)
         self._template = render or self._own_template
+        self._calls = calls
+        # Where a template of the caller's renders, the tools are in its hands.
+        self._tools_told = render is None and bool(tools) and self._hides_tools()
         self._roles = set(roles) | ({"tool"} if tools else set())
         self._special = frozenset(tokenizer.all_special_ids)
         self._closing = self._tokens(_after_sentinel(self._render(_BASE, generation=False)))
@@ -114,6 +122,19 @@ class ChatRenderer:
                 token_ids.tolist(), skip_special_tokens=not special, clean_up_tokenization_spaces=False
             )
         )
+
+    def assistant_message(self, token_ids: Int32Array, call_ids: str) -> Message:
+        """The message that a generation amounts to: content and, where it calls tools, `tool_calls`.
+
+        Args:
+            token_ids: one generation, with its stop token if it has one.
+            call_ids: see `ToolCalls.message`.
+        """
+        if self._calls is None or not self._tools:
+            return {"role": "assistant", "content": self.decode(token_ids)}
+        # Models may mark calls with special tokens; only the stop token is not part of what was written.
+        stopped = len(token_ids) > 0 and int(token_ids[-1]) in self._special
+        return self._calls.message(self.decode(token_ids[: len(token_ids) - stopped], special=True), call_ids)
 
     def drifted(self, messages: Sequence[Message], token_ids: Int32Array) -> bool:
         """Whether re-rendering the history would have given other IDs than those that the policy saw or produced.
@@ -202,14 +223,22 @@ class ChatRenderer:
             ) from error
 
     def _own_template(self, messages: Sequence[Message], generation: bool) -> str:
+        if self._tools_told:
+            messages = with_tools_told(messages, self._tools)
+        return self._applied(messages, generation, self._tools or None)
+
+    def _applied(self, messages: Sequence[Message], generation: bool, tools: list[dict[str, Any]] | None) -> str:
+        plain = [_for_template(message) for message in messages]
         return str(
-            self._tokenizer.apply_chat_template(
-                [_for_template(message) for message in messages],
-                tools=self._tools or None,
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
+            self._tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generation)
         )
+
+    def _hides_tools(self) -> bool:
+        """Whether the tokenizer's template shows no tools: the policy could not know of them."""
+        try:
+            return self._applied([_QUESTION], True, self._tools) == self._applied([_QUESTION], True, None)
+        except Exception:  # whatever it cannot render is told with its reason when the template is verified
+            return False
 
     def _tokens(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

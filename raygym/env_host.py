@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import gymnasium
 
-from raygym.env import EnvError, StepResult, parse_reset, parse_step
+from raygym.env import EnvError, StepResult, env_tools, parse_reset, parse_step
 from raygym.types import EpisodeFailure, FailureKind, Message, Task
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class EnvHost:
         self._env: gymnasium.Env[Any, Any] | None = None
         self._worker = _Worker()
         self._stuck = False
+        self.tools: list[dict[str, Any]] = []
+        """The environment's OpenAI tool schemas, as they were after its reset."""
 
     async def reset(self, task: Task, timeout_s: float) -> list[Message]:
         """Make the environment and reset it, both within `timeout_s` seconds. Returns the first messages."""
@@ -98,7 +100,9 @@ class EnvHost:
         await self._call(self._construct, self._worker)
         assert self._env is not None
         reset = partial(self._env.reset, seed=task.seed, options={"split": task.split})
-        return parse_reset(await self._call(reset, self._worker))
+        messages = parse_reset(await self._call(reset, self._worker))
+        self.tools = env_tools(self._env)
+        return messages
 
     def _construct(self) -> None:
         self._env = self._make()

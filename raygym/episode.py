@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import gymnasium
 import numpy as np
@@ -37,6 +38,11 @@ class Generate(Protocol):
         """Sample one continuation of exactly these IDs; `session_id` is the same in all turns of an episode."""
 
 
+RendererFor = Callable[[Sequence[dict[str, Any]]], ChatRenderer]
+"""The renderer for a set of OpenAI tool schemas. Raises TemplateError where the chat template cannot show them."""
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class EpisodeLimits:
     """What one episode may use."""
@@ -60,7 +66,7 @@ async def run_episode(
     group_id: str,
     episode: int,
     attempt: int,
-    renderer: ChatRenderer,
+    renderer_for: RendererFor,
     generate: Generate,
     limits: EpisodeLimits,
     sampling: Sampling,
@@ -77,7 +83,7 @@ async def run_episode(
         group_id: the group of the episode.
         episode: 0..G-1 within the group.
         attempt: 0 for the first try.
-        renderer: of the policy's tokenizer, with the environment's tools.
+        renderer_for: renders for the policy's tokenizer with the tools that the environment has after its reset.
         generate: the policy.
         limits: what the episode may use.
         sampling: how to sample each turn, with at most the smaller of its `max_tokens` and the limits'. Where its seed
@@ -94,7 +100,7 @@ async def run_episode(
     try:
         policy = _Policy(generate, sampling, f"{group_id}-{episode}-{attempt}", limits)
         seeds = [turn_seed(run_seed, task, episode, attempt, turn) for turn in range(limits.max_turns)]
-        status = await _play(record, host, renderer, policy, task, limits, seeds)
+        status = await _play(record, host, renderer_for, policy, task, limits, seeds)
     except EpisodeFailure as error:
         failure = error
     finally:
@@ -113,7 +119,9 @@ async def run_episode(
         reward=0.0 if failure else sum(turn.reward for turn in record.turns),
         messages=tuple(record.messages),
         sampling=sampling,
-        drifted=failure is None and renderer.drifted(record.messages, record.token_ids),
+        drifted=record.renderer is not None
+        and failure is None
+        and record.renderer.drifted(record.messages, record.token_ids),
         failure=failure.kind if failure else None,
         failure_detail=failure.detail if failure else "",
         metrics=record.metrics,
@@ -123,7 +131,7 @@ async def run_episode(
 async def _play(
     record: _Record,
     host: EnvHost,
-    renderer: ChatRenderer,
+    renderer_for: RendererFor,
     policy: _Policy,
     task: Task,
     limits: EpisodeLimits,
@@ -135,6 +143,7 @@ async def _play(
         return min(timeout_s, ends - time.monotonic())
 
     record.messages += await host.reset(task, at_most(limits.step_timeout_s))
+    record.renderer = renderer = _rendered(partial(renderer_for, host.tools))
     prompt = _rendered(partial(renderer.render_initial, record.messages))
     for turn, seed in enumerate(seeds):
         if len(prompt) + 1 > limits.max_model_len:
@@ -147,9 +156,9 @@ async def _play(
         asked = time.monotonic()
         generation = await policy(prompt, seed, at_most(limits.turn_timeout_s))
         answered = time.monotonic()
-        action: Message = {"role": "assistant", "content": renderer.decode(generation.token_ids)}
+        action = renderer.assistant_message(generation.token_ids, f"c{turn:07d}")
         record.add_generation(prompt, generation, action)
-        step = await host.step(dict(action), at_most(limits.step_timeout_s))
+        step = await host.step(copy.deepcopy(action), at_most(limits.step_timeout_s))
         record.add_step(step, generation, answered - asked, time.monotonic() - answered)
         if step.terminated or step.truncated:
             return EpisodeStatus.TERMINATED if step.terminated else EpisodeStatus.TRUNCATED
@@ -157,11 +166,11 @@ async def _play(
     return EpisodeStatus.TRUNCATED
 
 
-def _rendered(render: Callable[[], Int32Array]) -> Int32Array:
+def _rendered(render: Callable[[], T]) -> T:
     try:
         return render()
     except TemplateError as error:
-        raise EpisodeFailure(FailureKind.ENV_ERROR, f"its messages cannot be rendered: {error}") from error
+        raise EpisodeFailure(FailureKind.ENV_ERROR, f"its messages or tools cannot be rendered: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +219,7 @@ class _Record:
     """What of the trajectory exists so far."""
 
     def __init__(self) -> None:
+        self.renderer: ChatRenderer | None = None
         self.token_ids = np.empty(0, np.int32)
         self.loss_mask = np.empty(0, np.bool_)
         self.logprobs = np.empty(0, np.float32)

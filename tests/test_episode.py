@@ -111,7 +111,7 @@ async def episode(
         group_id="g",
         episode=1,
         attempt=0,
-        renderer=renderer,
+        renderer_for=lambda tools: renderer,
         generate=generate or Scripted(),
         limits=EpisodeLimits(**{**defaults, **limits}),
         sampling=sampling,
