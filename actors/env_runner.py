@@ -7,85 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 import ray
-from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
 from transformers import AutoTokenizer
 
+from raygym.actors.env_process import EnvProcesses
+from raygym.actors.serve_generate import ServeGenerate
 from raygym.chat import ChatRenderer
 from raygym.config import EnvConfig
 from raygym.env import EnvError, env_tools, make_env
+from raygym.env_host import EnvHost, Host
 from raygym.episode import EpisodeLimits, Generate, run_episode
-from raygym.types import EpisodeFailure, FailureKind, Generation, Int32Array, Sampling, Task, Trajectory
+from raygym.memory_limit import limit_memory, machine_memory_mib
+from raygym.tool_calls import ToolCalls
+from raygym.tool_parsers import tool_parser
+from raygym.types import Sampling, Task, Trajectory
 
-# What Ray and Serve raise when the process that held the request is gone.
-_LOST = (
-    RayActorError,
-    WorkerCrashedError,
-    NodeDiedError,
-    ObjectLostError,
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-)
+logger = logging.getLogger(__name__)
 # Calls beside the episodes, such as `ping`, that must get through when all episode slots are taken.
 _SPARE_CONCURRENCY = 16
-
-
-class ServeGenerate:
-    """A `Generate` that calls a Serve deployment's `generate`. The handle is looked up at the first call."""
-
-    def __init__(self, deployment: str, app: str) -> None:
-        self._deployment = deployment
-        self._app = app
-        self._handle: DeploymentHandle[Any] | None = None
-
-    async def __call__(self, prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Generation:
-        """One continuation. Cancelling the call cancels the request in the replica.
-
-        Raises:
-            EpisodeFailure: with the replica's own kind where it raised one, else `engine_lost` when the replica is
-                gone, `cancelled` when Serve cancelled the request, and `engine_error` for everything else.
-        """
-        if self._handle is None:
-            self._handle = serve.get_deployment_handle(self._deployment, self._app)
-        # The session keeps an episode on the replica that holds its KV cache.
-        handle = self._handle.options(session_id=session_id)
-        response = handle.generate.remote(prompt_token_ids, sampling, session_id)
-        try:
-            generation: Generation = await response
-        except asyncio.CancelledError:
-            response.cancel()  # type: ignore[no-untyped-call]
-            raise
-        except Exception as error:
-            raise engine_failure(error) from error
-        return generation
-
-
-def engine_failure(error: Exception) -> EpisodeFailure:
-    """What an error of a Serve call means for the episode."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, EpisodeFailure):
-        return EpisodeFailure(cause.kind, cause.detail)
-    kind = FailureKind.ENGINE_ERROR
-    if isinstance(cause, _LOST):
-        kind = FailureKind.ENGINE_LOST
-    elif isinstance(cause, TaskCancelledError):
-        kind = FailureKind.CANCELLED
-    return EpisodeFailure(kind, f"{type(cause).__name__}: {cause}")
+# Environments may have other tools for each task; their renderers cost milliseconds to verify.
+_RENDERERS_KEPT = 256
 
 
 class EnvRunner:
@@ -100,36 +49,41 @@ class EnvRunner:
         deployment: str = "",
         app: str = "",
         generate: Generate | None = None,
+        parser: str = "auto",
+        memory_mib: int | None = None,
     ) -> None:
         """Load the tokenizer and make each environment once, so that a wrong one is found before any episode.
 
         Args:
             envs: the run's environments.
             model_dir: the policy's files; only the tokenizer is read.
-            limits: what an episode may use.
+            limits: what an episode may use, where its environment's config says nothing else.
             run_seed: enters the sampling seeds.
             deployment: the Serve deployment whose `generate` is the policy.
             app: the Serve application of that deployment.
             generate: takes the place of the deployment, in tests.
+            parser: `policy.tool_parser`.
+            memory_mib: what the environments in this process may allocate together; 0: half of the machine's memory,
+                None: no limit.
 
         Raises:
             EnvError: an environment cannot be made.
             TemplateError: the tokenizer's chat template cannot keep token IDs exact.
+            ToolCallError: an environment has tools and `parser` cannot find their calls.
         """
         self._limits = limits
         self._run_seed = run_seed
         self._generate = generate or ServeGenerate(deployment, app)
         self._envs = {config.label: config for config in envs}
         self._running = 0
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        by_tools: dict[str, ChatRenderer] = {}
-        self._renderers: dict[str, ChatRenderer] = {}
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        self._parser = tool_parser(parser, model_dir)
+        self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()
+        self._processes = {config.label: EnvProcesses(config) for config in envs if config.isolation == "actor"}
         for config in envs:
-            tools = _tools_of(config)
-            key = json.dumps(tools, sort_keys=True)
-            if key not in by_tools:
-                by_tools[key] = ChatRenderer(tokenizer, tools)
-            self._renderers[config.label] = by_tools[key]
+            self._renderer(_tools_of(config))
+        if memory_mib is not None:
+            limit_memory(memory_mib or machine_memory_mib() // 2)
 
     async def run_episode(
         self, task: Task, group_id: str, episode: int, attempt: int, sampling: Sampling
@@ -146,18 +100,19 @@ class EnvRunner:
             )
         self._running += 1
         try:
-            return await run_episode(
-                partial(make_env, config.id, config.kwargs),
-                task,
-                group_id=group_id,
-                episode=episode,
-                attempt=attempt,
-                renderer=self._renderers[task.env],
-                generate=self._generate,
-                limits=self._limits,
-                sampling=sampling,
-                run_seed=self._run_seed,
-            )
+            async with self._host(config) as host:
+                return await run_episode(
+                    host,
+                    task,
+                    group_id=group_id,
+                    episode=episode,
+                    attempt=attempt,
+                    renderer_for=self._renderer,
+                    generate=self._generate,
+                    limits=self._limits.for_env(config),
+                    sampling=sampling,
+                    run_seed=self._run_seed,
+                )
         finally:
             self._running -= 1
 
@@ -165,13 +120,36 @@ class EnvRunner:
         """How many episodes are running: an answer means that the event loop is alive."""
         return self._running
 
+    @asynccontextmanager
+    async def _host(self, config: EnvConfig) -> AsyncIterator[Host]:
+        if config.isolation == "shared":
+            yield EnvHost(partial(make_env, config.id, config.kwargs))
+            return
+        # Waiting for a free process is no part of the episode: its deadlines begin when it has one.
+        async with self._processes[config.label].host() as host:
+            yield host
+
+    def _renderer(self, tools: Sequence[dict[str, Any]]) -> ChatRenderer:
+        key = json.dumps(tools, sort_keys=True, default=str)
+        if key not in self._renderers:
+            template = getattr(self._tokenizer, "response_template", None)
+            calls = ToolCalls(self._parser, tools, template)
+            self._renderers[key] = ChatRenderer(self._tokenizer, tools, calls=calls)
+        self._renderers.move_to_end(key)
+        while len(self._renderers) > _RENDERERS_KEPT:
+            self._renderers.popitem(last=False)
+        return self._renderers[key]
+
 
 def _tools_of(config: EnvConfig) -> list[dict[str, Any]]:
     env = make_env(config.id, config.kwargs)
     tools = env_tools(env)
     # An asynchronous `close` needs an event loop, and an environment that was never reset holds nothing yet.
     if not asyncio.iscoroutinefunction(env.close):
-        env.close()
+        try:
+            env.close()
+        except Exception:  # whatever a user's method raises: episodes log it as well and go on
+            logger.warning("%s.close() raised", type(env).__name__, exc_info=True)
     return tools
 
 
@@ -184,6 +162,8 @@ def start_env_runner(
     deployment: str = "",
     app: str = "",
     generate: Generate | None = None,
+    parser: str = "auto",
+    memory_mib: int = 0,
     max_concurrent: int,
     **actor_options: Any,
 ) -> ActorHandle[EnvRunner]:
@@ -192,7 +172,7 @@ def start_env_runner(
     A runner that dies is restarted by Ray, without its episodes: their callers get a RayActorError and retry.
 
     Args:
-        envs: see `EnvRunner`, as are model_dir, limits, run_seed, deployment, app and generate.
+        envs: see `EnvRunner`, as are all others up to memory_mib.
         max_concurrent: episodes at once; more wait.
         actor_options: Ray's options for the actor, over the defaults (no CPU reserved, restarted always).
     """
@@ -205,6 +185,6 @@ def start_env_runner(
     }
     actor: Any = ray.remote(EnvRunner)
     handle: ActorHandle[EnvRunner] = actor.options(**options).remote(
-        list(envs), model_dir, limits, run_seed, deployment, app, generate
+        list(envs), model_dir, limits, run_seed, deployment, app, generate, parser, memory_mib
     )
     return handle

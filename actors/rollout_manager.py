@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 
-from raygym.config import RolloutConfig
+from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
+from raygym.config import EnvConfig, RolloutConfig
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
 
-# An EnvRunner keeps the episode's own deadlines; only one that is stuck itself is noticed by this margin.
+# An EnvRunner keeps the episode's own deadlines, and one that is stuck itself is noticed by its supervisor.
 _RUNNER_MARGIN_S = 30.0
 
 
@@ -25,14 +27,15 @@ class RolloutManager:
     def __init__(
         self,
         config: RolloutConfig,
-        envs: Sequence[tuple[str, float]],
+        envs: Sequence[EnvConfig],
         seed: int,
         steps: int,
         validation_temperature: float,
         runners: Sequence[ActorHandle[Any]],
+        supervision: Supervision | None = None,
     ) -> None:
         self._scheduler = Scheduler(
-            TaskCursor(envs, seed),
+            TaskCursor([(env.label, env.weight) for env in envs], seed),
             groups_per_step=config.groups_per_step,
             group_size=config.group_size,
             steps=steps,
@@ -41,13 +44,16 @@ class RolloutManager:
             max_retries=config.max_retries,
             max_replaced_groups=config.max_replaced_groups,
         )
-        self._deadline_s = config.episode_timeout_s + _RUNNER_MARGIN_S
+        self._deadline_s = {env.label: _deadline_s(config, env) for env in envs}
+        # The runner cuts it down to what the episode's environment may use.
+        most_tokens = max(env.max_tokens_per_turn or config.max_tokens_per_turn for env in envs)
         self._sampling = {
-            "train": Sampling(config.temperature, config.max_tokens_per_turn),
-            "validation": Sampling(validation_temperature, config.max_tokens_per_turn),
+            "train": Sampling(config.temperature, most_tokens),
+            "validation": Sampling(validation_temperature, most_tokens),
         }
         self._runners = list(runners)
-        self._load = [0] * len(self._runners)
+        self._supervision = supervision or Supervision()
+        self._supervisor: RunnerSupervisor | None = None
         self._calls: dict[Assignment, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._stopped: RolloutStopped | None = None
@@ -74,6 +80,10 @@ class RolloutManager:
         """One line on what is going on; an answer means that the event loop is alive."""
         return self._scheduler.describe()
 
+    async def runners_up(self) -> list[bool]:
+        """Which of the EnvRunners answer."""
+        return self._supervisor.states() if self._supervisor else [True] * len(self._runners)
+
     async def _wait(self, collected: Callable[[], Collected | None]) -> Collected:
         self._fill()
         while True:
@@ -90,14 +100,15 @@ class RolloutManager:
                 self._calls[assignment] = asyncio.create_task(self._run(assignment))
 
     async def _run(self, assignment: Assignment) -> None:
-        runner = min(range(len(self._runners)), key=self._load.__getitem__)
-        self._load[runner] += 1
         try:
-            outcome = await self._call(self._runners[runner], assignment)
+            outcome = await self._call(assignment)
         except asyncio.CancelledError:
             outcome = EpisodeFailure(FailureKind.CANCELLED, "its group was given up")
+        except RunnersLost as error:
+            self._stopped = RolloutStopped(str(error))
+            self._changed.set()
+            return
         finally:
-            self._load[runner] -= 1
             del self._calls[assignment]
         try:
             for obsolete in self._scheduler.finish(assignment, outcome):
@@ -108,28 +119,47 @@ class RolloutManager:
         self._fill()
         self._changed.set()
 
-    async def _call(self, runner: Any, assignment: Assignment) -> Trajectory | EpisodeFailure:
-        reference = runner.run_episode.remote(
+    async def _call(self, assignment: Assignment) -> Trajectory | EpisodeFailure:
+        if self._supervisor is None:  # not by the constructor, which does not run in the actor's event loop
+            self._supervisor = RunnerSupervisor(self._runners, self._supervision)
+        supervisor = self._supervisor
+        index = await supervisor.take()
+        reference = supervisor.runner(index).run_episode.remote(
             assignment.task,
             assignment.group_id,
             assignment.episode,
             assignment.attempt,
             self._sampling[assignment.task.split],
         )
+        deadline_s = self._deadline_s[assignment.task.env]
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), self._deadline_s)
+            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline_s)
         except asyncio.CancelledError:
             _cancel(reference)
             raise
         except TimeoutError:
             _cancel(reference)
-            return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner did not answer within {self._deadline_s} s")
+            return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner did not answer within {deadline_s:.0f} s")
         except TaskCancelledError:
             return EpisodeFailure(FailureKind.CANCELLED, "its group was given up")
         except RayActorError as error:
+            supervisor.lost(index, error)
             return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner died: {str(error).splitlines()[0]}")
-        except RayError as error:
+        except RayTaskError as error:
+            if isinstance(error.cause, EpisodeFailure):
+                return EpisodeFailure(error.cause.kind, error.cause.detail)
             return EpisodeFailure(FailureKind.ENV_ERROR, f"its EnvRunner raised: {error}")
+        except RayError as error:
+            return EpisodeFailure(FailureKind.ENV_ERROR, f"its EnvRunner: {error}")
+        finally:
+            supervisor.release(index)
+
+
+def _deadline_s(config: RolloutConfig, env: EnvConfig) -> float:
+    """Of the call to a runner: the last resort, for an episode that its runner has forgotten."""
+    # Where each instance has a process, episodes wait in the runner for one that is free.
+    rounds = math.ceil(config.max_concurrent / (env.processes or 1)) if env.isolation == "actor" else 1
+    return rounds * config.episode_timeout_s + _RUNNER_MARGIN_S
 
 
 def _cancel(reference: Any) -> None:

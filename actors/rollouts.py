@@ -43,6 +43,8 @@ class Rollouts:
                 config.seed,
                 deployment=DEPLOYMENT,
                 app=app_name(config.name),
+                parser=config.policy.tool_parser,
+                memory_mib=rollout.env_runner_memory_mib,
                 max_concurrent=rollout.max_concurrent,
             )
             for _ in range(rollout.env_runners)
@@ -51,7 +53,7 @@ class Rollouts:
         # collect, validate, set_version and progress may all be waiting at the same moment.
         self._manager = actor.options(num_cpus=0, max_concurrency=16).remote(
             rollout,
-            [(env.label, env.weight) for env in config.envs],
+            config.envs,
             config.seed,
             config.steps,
             config.validation.temperature,

@@ -106,6 +106,22 @@ class EnvConfig(Section):
     """How metrics and tasks call it; the id when empty."""
     kwargs: dict[str, Any] = {}
     weight: PositiveFloat = 1.0
+    max_turns: PositiveInt | None = None
+    """In place of `rollout.max_turns`, as are the next two of theirs."""
+    max_tokens_per_turn: PositiveInt | None = None
+    step_timeout_s: PositiveFloat | None = None
+    isolation: Literal["shared", "actor"] = "shared"
+    """`shared`: in the EnvRunner's process, a thread each. `actor`: each instance in a process of its own."""
+    processes: NonNegativeInt = 0
+    """With `isolation: actor`, how many of them an EnvRunner has at most; 0: two for each core."""
+    memory_mib: NonNegativeInt = 0
+    """With `isolation: actor`, what an instance may allocate; 0: no limit."""
+
+    @model_validator(mode="after")
+    def _isolated(self) -> EnvConfig:
+        if self.isolation == "shared" and (self.memory_mib or self.processes):
+            raise ValueError("memory_mib and processes need isolation: actor; a shared process cannot tell them apart")
+        return self
 
     @property
     def label(self) -> str:
@@ -124,6 +140,8 @@ class RolloutConfig(Section):
     max_staleness: NonNegativeInt = 0
     temperature: PositiveFloat = 1.0
     env_runners: PositiveInt = 1
+    env_runner_memory_mib: NonNegativeInt = 0
+    """What the environments in one EnvRunner's process may allocate together; 0: half of its machine's memory."""
     turn_timeout_s: PositiveFloat = 120
     """Deadline of one generation."""
     step_timeout_s: PositiveFloat = 30

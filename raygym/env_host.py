@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import gymnasium
 
@@ -57,8 +57,24 @@ def _abandon(future: asyncio.Future[Any]) -> None:
     future.cancel()
 
 
+class Host(Protocol):
+    """One environment, wherever it lives. Every failure is an EpisodeFailure with its kind."""
+
+    tools: list[dict[str, Any]]
+    """The environment's OpenAI tool schemas, as they were after its reset."""
+
+    async def reset(self, task: Task, timeout_s: float) -> list[Message]:
+        """Make the environment and reset it, both within `timeout_s` seconds. Returns the first messages."""
+
+    async def step(self, action: Message, timeout_s: float) -> StepResult:
+        """One step within `timeout_s` seconds."""
+
+    async def close(self) -> None:
+        """Close the environment, if it was made. Does not raise: the episode is over by then."""
+
+
 class EnvHost:
-    """Makes one environment, runs its methods, and closes it. Every failure is an EpisodeFailure with its kind."""
+    """A `Host` in this process."""
 
     def __init__(self, make: Callable[[], gymnasium.Env[Any, Any]]) -> None:
         """`make` is called by the first `reset`, in the environment's own thread."""
@@ -67,19 +83,18 @@ class EnvHost:
         self._worker = _Worker()
         self._stuck = False
         self.tools: list[dict[str, Any]] = []
-        """The environment's OpenAI tool schemas, as they were after its reset."""
 
     async def reset(self, task: Task, timeout_s: float) -> list[Message]:
-        """Make the environment and reset it, both within `timeout_s` seconds. Returns the first messages."""
+        """See `Host`."""
         return await self._guarded("reset", self._start(task), timeout_s)
 
     async def step(self, action: Message, timeout_s: float) -> StepResult:
-        """One step within `timeout_s` seconds."""
+        """See `Host`."""
         assert self._env is not None, "reset comes first"
         return await self._guarded("step", self._step(self._env, action), timeout_s)
 
     async def close(self) -> None:
-        """Close the environment, if it was made. Trouble while closing is logged: the episode is over by then."""
+        """See `Host`. Trouble is logged."""
         if self._env is None:
             # Queued behind a constructor that hangs: should it ever return, its environment is closed.
             self._worker.submit(self._close_late)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import gymnasium
 import numpy as np
 
 from raygym.chat import ChatRenderer, TemplateError
+from raygym.config import EnvConfig
 from raygym.engine import NO_LOGPROB
 from raygym.env import StepResult
-from raygym.env_host import DeadlineMissed, EnvHost, within
+from raygym.env_host import DeadlineMissed, Host, within
 from raygym.tasks import turn_seed
 from raygym.types import (
     EpisodeFailure,
@@ -58,9 +58,18 @@ class EpisodeLimits:
     episode_timeout_s: float
     """Deadline of the whole episode; counted against whoever was being waited for."""
 
+    def for_env(self, env: EnvConfig) -> EpisodeLimits:
+        """These, with what the environment's config says instead."""
+        return replace(
+            self,
+            max_turns=env.max_turns or self.max_turns,
+            max_tokens_per_turn=env.max_tokens_per_turn or self.max_tokens_per_turn,
+            step_timeout_s=env.step_timeout_s or self.step_timeout_s,
+        )
+
 
 async def run_episode(
-    make_env: Callable[[], gymnasium.Env[Any, Any]],
+    host: Host,
     task: Task,
     *,
     group_id: str,
@@ -72,13 +81,13 @@ async def run_episode(
     sampling: Sampling,
     run_seed: int,
 ) -> Trajectory:
-    """Play `task` on a fresh environment, which is closed at the end whatever happens.
+    """Play `task` on the host's environment, which is closed at the end whatever happens.
 
     Trouble with the environment or the engine does not raise: it comes back as a trajectory of status `failed` with its
     kind. Reaching `max_turns`, or a later turn whose prompt no longer fits, is `truncated` with the reward so far.
 
     Args:
-        make_env: makes the environment; called in the environment's own thread.
+        host: a fresh environment behind deadlines.
         task: what to play.
         group_id: the group of the episode.
         episode: 0..G-1 within the group.
@@ -95,7 +104,6 @@ async def run_episode(
     """
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, limits.max_tokens_per_turn))
     record = _Record()
-    host = EnvHost(make_env)
     status, failure = EpisodeStatus.FAILED, None
     try:
         policy = _Policy(generate, sampling, f"{group_id}-{episode}-{attempt}", limits)
@@ -130,7 +138,7 @@ async def run_episode(
 
 async def _play(
     record: _Record,
-    host: EnvHost,
+    host: Host,
     renderer_for: RendererFor,
     policy: _Policy,
     task: Task,

@@ -29,6 +29,7 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         "policy/staleness_max": version - min(versions, default=version),
     }
     metrics |= {f"episodes/failed/{kind}": count for kind, count in sorted(collected.failures.items())}
+    metrics |= {f"env/{env}/failed": count for env, count in sorted(collected.failures_by_env.items())}
     return metrics | _per_environment(trajectories)
 
 
@@ -41,13 +42,25 @@ def validation_metrics(collected: Collected) -> dict[str, float]:
             "val/reward": fmean(t.reward for t in trajectories),
             "val/turns_mean": fmean(len(t.turns) for t in trajectories),
         }
-    return metrics
+    return metrics | {f"val/{key}": value for key, value in _per_environment(trajectories).items()}
 
 
 def _per_environment(trajectories: Iterable[Trajectory]) -> dict[str, float]:
-    rewards: dict[str, list[float]] = {}
+    """What tells the environments of a mixture apart, and the environments' own scalars."""
+    by_env: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
-        rewards.setdefault(trajectory.task.env, []).append(trajectory.reward)
-    if len(rewards) == 1:
-        return {}
-    return {f"reward/mean/{env}": fmean(values) for env, values in sorted(rewards.items())}
+        by_env.setdefault(trajectory.task.env, []).append(trajectory)
+    metrics: dict[str, float] = {}
+    for env, played in sorted(by_env.items()):
+        if len(by_env) > 1:
+            metrics |= {
+                f"reward/mean/{env}": fmean(t.reward for t in played),
+                f"episodes/completed/{env}": len(played),
+                f"episodes/turns_mean/{env}": fmean(len(t.turns) for t in played),
+                f"tokens/generated/{env}": sum(int(t.loss_mask.sum()) for t in played),
+            }
+        steps_s = [turn.env_s for t in played for turn in t.turns]
+        metrics[f"env/{env}/step_s"] = fmean(steps_s) if steps_s else 0.0
+        for key in sorted({key for t in played for key in t.metrics}):
+            metrics[f"env/{env}/{key}"] = fmean(t.metrics[key] for t in played if key in t.metrics)
+    return metrics

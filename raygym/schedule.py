@@ -45,6 +45,8 @@ class Collected:
     dropped: tuple[Dropped, ...]
     failures: dict[str, int]
     """Failed attempts by kind since the last collection, retried ones included."""
+    failures_by_env: dict[str, int] = field(default_factory=dict)
+    """The same by environment."""
 
 
 @dataclass(slots=True)
@@ -94,6 +96,7 @@ class Scheduler:
         self._running: set[Assignment] = set()
         self._dropped: list[Dropped] = []
         self._failures: Counter[str] = Counter()
+        self._failures_by_env: Counter[str] = Counter()
         self._replaced_in_a_row = 0
 
     @property
@@ -154,6 +157,7 @@ class Scheduler:
             return []
         kind, detail = _failure(outcome)
         self._failures[kind] += 1
+        self._failures_by_env[assignment.task.env] += 1
         if assignment.attempt < self._max_retries:
             retry = Assignment(assignment.group_id, assignment.task, assignment.episode, assignment.attempt + 1)
             self._waiting.appendleft(retry)
@@ -219,7 +223,8 @@ class Scheduler:
     def _collected(self, groups: list[_OpenGroup]) -> Collected:
         dropped, self._dropped = tuple(self._dropped), []
         failures, self._failures = dict(self._failures), Counter()
-        return Collected(tuple(group.close() for group in groups), dropped, failures)
+        by_env, self._failures_by_env = dict(self._failures_by_env), Counter()
+        return Collected(tuple(group.close() for group in groups), dropped, failures, by_env)
 
 
 def _failure(outcome: Trajectory | EpisodeFailure) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What the policy wrote -> the assistant's message, with the tools that it calls. For episodes; over HTTP vLLM's parsers do it.
+"""What the policy wrote -> the assistant's message, with its tool calls. For episodes; over HTTP vLLM's parsers do it.
 
 The parsing itself is transformers': a response template says how a model writes calls. Tokenizers that ship one are
 read by it, the others by the one below that fits their chat template.
@@ -98,7 +98,7 @@ class ToolCalls:
         Raises:
             ToolCallError: `parser` is not known here.
         """
-        self._tools = [dict(tool) for tool in tools]
+        self._tools: list[Any] = [dict(tool) for tool in tools]
         if template is None and tools and parser not in _FORMATS:
             raise ToolCallError(
                 f"policy.tool_parser: {parser!r} is not known for environments with tools; expected one of "
@@ -115,7 +115,7 @@ class ToolCalls:
 
         Args:
             text: what was generated, markers of calls included, without the end of turn.
-            call_ids: eight letters or digits that begin the IDs of the calls; one more makes each unique in the message.
+            call_ids: eight letters or digits that begin the calls' IDs; one more makes each unique in the message.
         """
         if self._template is None:
             return {"role": "assistant", "content": text}

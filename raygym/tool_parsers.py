@@ -7,7 +7,7 @@ from pathlib import Path
 
 # The first mark found decides; the more particular ones come first.
 _MARKS = (
-    ("<｜tool▁calls▁begin｜>", "deepseek_v3"),  # noqa: RUF001 - the model's own characters
+    ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
     ("<|tool_calls_section_begin|>", "kimi_k2"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|python_tag|>", "llama3_json"),

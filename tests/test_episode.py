@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from raygym.chat import ChatRenderer
 from raygym.env import ChatEnv
+from raygym.env_host import EnvHost
 from raygym.episode import EpisodeLimits, Generate, run_episode
 from raygym.models import resolve_policy
 from raygym.types import (
@@ -106,7 +107,7 @@ async def episode(
         "episode_timeout_s": 20.0,
     }
     return await run_episode(
-        (lambda: env) if isinstance(env, gymnasium.Env) else env,
+        EnvHost((lambda: env) if isinstance(env, gymnasium.Env) else env),
         TASK,
         group_id="g",
         episode=1,

@@ -120,7 +120,8 @@ def test_a_cut_call_is_content_or_whole(parser: str, write: Any) -> None:
             assert message == {"role": "assistant", "content": text[:end]}
         assert found in ([], [("find", {"text": "one"})], [("find", {"text": "one"}), ("find", {"text": "two"})]) or (
             # Its parameters are elements of their own: a whole one may be missing, none is made up.
-            parser == "qwen3_coder" and all(arguments in ({}, {"text": "one"}, {"text": "two"}) for _, arguments in found)
+            parser == "qwen3_coder"
+            and all(arguments in ({}, {"text": "one"}, {"text": "two"}) for _, arguments in found)
         )
 
 
@@ -143,7 +144,13 @@ def test_an_unknown_format_is_told() -> None:
 
 def test_a_tokenizers_own_template_is_used() -> None:
     call = {"function": {"name": "{name}", "arguments": "{content}"}}
-    field = {"open_pattern": r"CALL (?P<name>\w+) ", "close": ";", "content": "json", "repeats": True, "transform": call}
+    field = {
+        "open_pattern": r"CALL (?P<name>\w+) ",
+        "close": ";",
+        "content": "json",
+        "repeats": True,
+        "transform": call,
+    }
     template = {"start_anchor": "A:", "fields": {"content": {"content": "text"}, "tool_calls": field}}
     message = ToolCalls("unheard-of", TOOLS, template).message('Hm. CALL find {"text": "a"};', "c0000000")
     assert (message["content"], calls_of(message)) == ("Hm.", [("find", {"text": "a"})])
@@ -156,7 +163,9 @@ class TestWithAChatTemplate:
         tokenizer = AutoTokenizer.from_pretrained(resolve_policy("tiny"))
         return ChatRenderer(tokenizer, TOOLS, calls=ToolCalls("hermes", TOOLS))
 
-    def test_a_template_without_a_place_for_tools_tells_them_in_the_system_message(self, renderer: ChatRenderer) -> None:
+    def test_a_template_without_a_place_for_tools_tells_them_in_the_system_message(
+        self, renderer: ChatRenderer
+    ) -> None:
         for opening in ([], [{"role": "system", "content": "Be brief."}]):
             prompt = renderer.render_initial([*opening, {"role": "user", "content": "Go."}])
             text = renderer.decode(prompt, special=True)

@@ -1,0 +1,155 @@
+"""Environments in processes of their own, and EnvRunners that die: each trouble has its kind, and the rest goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from broken_envs import says_ten, says_ten_slowly
+from test_env_runner import IMPORTS_THIS_MODULE, LIMITS, SAMPLING
+from tiers import only_long
+
+from raygym.actors.env_runner import start_env_runner
+from raygym.actors.rollout_manager import RolloutManager
+from raygym.actors.runner_supervisor import Supervision
+from raygym.config import EnvConfig, RolloutConfig
+from raygym.episode import EpisodeLimits
+from raygym.models import resolve_policy
+from raygym.schedule import Collected, RolloutStopped
+from raygym.types import EpisodeStatus, FailureKind, Task, Trajectory
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
+BROKEN = "broken_envs:Broken"
+
+
+def start(envs: list[EnvConfig], generate: Any = says_ten, **options: Any) -> Any:
+    return start_env_runner(
+        envs,
+        str(resolve_policy("tiny")),
+        EpisodeLimits(**{f: getattr(LIMITS, f) for f in LIMITS.__slots__}),
+        run_seed=0,
+        generate=generate,
+        max_concurrent=32,
+        runtime_env=IMPORTS_THIS_MODULE,
+        **options,
+    )
+
+
+def broken(how: str, where: str = "step", **config: Any) -> EnvConfig:
+    kwargs = {"how": how, "where": where, **config.pop("kwargs", {})}
+    # Only what hangs is to meet its deadline.
+    timeout_s = 2.0 if how == "hang" else 30.0
+    return EnvConfig(id=BROKEN, name=f"{how}-{where}", kwargs=kwargs, step_timeout_s=timeout_s, **config)
+
+
+TROUBLE = [
+    ("raise", "reset", FailureKind.ENV_ERROR, "the dice are gone"),
+    ("raise", "step", FailureKind.ENV_ERROR, "the dice are gone"),
+    ("garbage", "reset", FailureKind.ENV_ERROR, "expected a tuple"),
+    ("garbage", "step", FailureKind.ENV_ERROR, "expected a tuple"),
+    ("hang", "reset", FailureKind.ENV_TIMEOUT, "env.reset took longer than 2 s"),
+    ("hang", "step", FailureKind.ENV_TIMEOUT, "env.step took longer than 2 s"),
+    ("memory", "step", FailureKind.ENV_ERROR, "Memory"),
+]
+
+
+@pytest.fixture(scope="module")
+def isolated(ray_cluster: Any) -> Any:
+    options = {"isolation": "actor", "processes": 2, "memory_mib": 256}
+    envs = [broken(how, where, **options) for how, where, *_ in [*TROUBLE, ("fine", "step"), ("close", "step")]]
+    envs.append(broken("exit", "step", **options))
+    runner = start(envs)
+    yield runner
+    ray.kill(runner)
+
+
+def play(runner: Any, env: str, episode: int = 0, timeout: float = 60) -> Trajectory:
+    return ray.get(runner.run_episode.remote(Task(0, env, 3), "g", episode, 0, SAMPLING), timeout=timeout)
+
+
+class TestIsolation:
+    @pytest.mark.parametrize(("how", "where", "kind", "detail"), TROUBLE)
+    def test_each_trouble_has_its_kind(self, isolated: Any, how: str, where: str, kind: str, detail: str) -> None:
+        # Beside it, an episode that goes well.
+        beside = isolated.run_episode.remote(Task(0, "fine-step", 3), "g", 0, 0, SAMPLING)
+        trajectory = play(isolated, f"{how}-{where}")
+        assert (trajectory.failure, trajectory.reward) == (kind, 0.0)
+        assert detail in trajectory.failure_detail
+        assert ray.get(beside, timeout=60).reward == 1.0
+
+    def test_a_dead_process_is_env_lost_and_the_next_episode_gets_a_new_one(self, isolated: Any) -> None:
+        for _ in range(2):
+            trajectory = play(isolated, "exit-step")
+            assert trajectory.failure is FailureKind.ENV_LOST
+            assert "died in env.step" in trajectory.failure_detail
+
+    def test_more_episodes_than_processes_wait_for_their_turn(self, isolated: Any) -> None:
+        calls = [isolated.run_episode.remote(Task(0, "fine-step", 3), "g", i, 0, SAMPLING) for i in range(12)]
+        assert {t.reward for t in ray.get(calls, timeout=60)} == {1.0}
+
+    def test_trouble_in_close_takes_nothing_back(self, isolated: Any) -> None:
+        assert play(isolated, "close-step").reward == 1.0
+
+
+def test_memory_of_a_shared_runner_is_bounded(ray_cluster: Any) -> None:
+    runner = start([broken("memory"), broken("fine")], memory_mib=512)
+    beside = [runner.run_episode.remote(Task(0, "fine-step", 3), "g", i, 0, SAMPLING) for i in range(4)]
+    trajectory = play(runner, "memory-step")
+    assert trajectory.failure is FailureKind.ENV_ERROR and "MemoryError" in trajectory.failure_detail
+    assert {t.reward for t in ray.get(beside, timeout=60)} == {1.0}
+    assert play(runner, "fine-step").reward == 1.0
+    ray.kill(runner)
+
+
+def manager(runners: list[Any], envs: list[EnvConfig], supervision: Supervision, **options: Any) -> Any:
+    config = RolloutConfig(groups_per_step=4, group_size=4, max_concurrent=16, **options)
+    actor: Any = ray.remote(RolloutManager)
+    return actor.options(num_cpus=0, max_concurrency=8, runtime_env=IMPORTS_THIS_MODULE).remote(
+        config, envs, 0, 100, 0.0, runners, supervision
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=only_long)])
+def test_a_runner_that_dies_or_hangs_loses_only_its_episodes(ray_cluster: Any, tmp_path: Path, how: int) -> None:
+    mark = tmp_path / "pids"
+    envs = [broken("fine", kwargs={"mark": str(mark)})]
+    runners = [start(envs, says_ten_slowly) for _ in range(2)]
+    rollouts = manager(runners, envs, Supervision(ping_every_s=0.5, ping_timeout_s=15.0))
+    collecting = rollouts.collect.remote(0)
+    deadline = time.monotonic() + 60
+    while not (mark.is_file() and len(set(mark.read_text().split())) == 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    victim = int(mark.read_text().split()[0])
+    os.kill(victim, how)
+    collected: Collected = ray.get(collecting, timeout=90)
+    assert [len(group.trajectories) for group in collected.groups] == [4] * 4
+    assert {t.status for g in collected.groups for t in g.trajectories} == {EpisodeStatus.TERMINATED}
+    assert set(collected.failures) == {FailureKind.ENV_LOST} and not collected.dropped
+    # It comes back, and both work.
+    deadline = time.monotonic() + 60
+    while ray.get(rollouts.runners_up.remote(), timeout=60) != [True, True]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    ray.get(rollouts.set_version.remote(1), timeout=60)
+    assert not ray.get(rollouts.collect.remote(1), timeout=90).failures
+    for actor in (rollouts, *runners):
+        ray.kill(actor)
+
+
+def test_runners_that_are_gone_for_good_stop_the_run(ray_cluster: Any) -> None:
+    envs = [broken("fine")]
+    runner = start(envs, max_restarts=0)
+    rollouts = manager([runner], envs, Supervision(first_wait_s=0.01), max_retries=100)
+    ray.get(runner.ping.remote(), timeout=60)
+    ray.kill(runner)
+    with pytest.raises(ray.exceptions.RayTaskError) as raised:
+        ray.get(rollouts.collect.remote(0), timeout=90)
+    assert isinstance(raised.value.cause, RolloutStopped)
+    assert "EnvRunners were given up" in str(raised.value.cause)
+    ray.kill(rollouts)
