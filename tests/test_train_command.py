@@ -59,7 +59,7 @@ def test_failures_are_retried_and_an_interrupt_stops_everything(tmp_path: Path) 
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step") and line.split()[1].startswith("4/"):
+            if line.lstrip().startswith("4/100000 "):
                 break
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=90)
@@ -123,3 +123,19 @@ def test_train_directly_and_as_a_submitted_job_give_the_same_run(head: dict[str,
     assert summary["policy_version"] == 3
     assert direct[-1]["sync/checksum"] == summary["weights_checksum"]
     assert (tmp_path / "direct/tiny/checkpoints/latest").read_text().strip() == "step_000003"
+
+
+def test_the_readmes_environment_of_a_users_own(tmp_path: Path) -> None:
+    """The very text of the README, in a folder of its own, on the simulated engine."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## A run of your own")[1]
+    blocks = [block.split("```")[0] for block in section.split("```yaml\n")[1:2] + section.split("```python\n")[1:2]]
+    for block in blocks:
+        (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block, encoding="utf-8")
+    assert len(blocks[1].splitlines()) <= 30
+    small = ["steps=1", "policy.model=tiny", "rollout.groups_per_step=2", "rollout.group_size=2", "validation.tasks=4"]
+    done = subprocess.run(
+        [*COMMAND, "train", "guess.yaml", *SIMULATED, *small],
+        cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "runs/guess")[-1]["episodes/completed"] == 4

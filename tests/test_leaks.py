@@ -1,0 +1,101 @@
+"""Episodes that are given up leave nothing behind: no environment, no thread, no request."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from typing import Any, ClassVar
+
+import numpy as np
+from test_episode import END, TASK, WARM, generation, renderer  # noqa: F401 - the fixture
+from tiers import LONG
+
+from raygym.chat import ChatRenderer
+from raygym.env import ChatEnv
+from raygym.env_host import EnvHost
+from raygym.episode import EpisodeLimits, run_episode
+
+LIMITS = EpisodeLimits(
+    max_turns=4,
+    max_tokens_per_turn=8,
+    max_model_len=2048,
+    turn_timeout_s=30,
+    step_timeout_s=30,
+    episode_timeout_s=60,
+)
+ABORTED = 10_000 if LONG else 1_000
+AT_ONCE = 200
+
+
+class Counted(ChatEnv):
+    alive: ClassVar[weakref.WeakSet[Counted]] = weakref.WeakSet()
+    closed = 0
+
+    def __init__(self) -> None:
+        Counted.alive.add(self)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "Go.", {}
+
+    def step(self, action):
+        time.sleep(0.001)
+        return "On.", 0.0, False, False, {}
+
+    def close(self):
+        Counted.closed += 1
+
+
+async def test_thousands_of_aborted_episodes(renderer: ChatRenderer) -> None:  # noqa: F811
+    rng = np.random.default_rng(0)
+    requests = 0
+
+    async def generate(prompt: Any, sampling: Any, session_id: str) -> Any:
+        nonlocal requests
+        requests += 1
+        try:
+            await asyncio.sleep(0.005)
+            return generation([20, END])
+        finally:
+            requests -= 1
+
+    async def aborted(index: int) -> str:
+        playing = asyncio.ensure_future(
+            run_episode(
+                EnvHost(Counted),
+                TASK,
+                group_id="g",
+                episode=index,
+                attempt=0,
+                renderer_for=lambda tools: renderer,
+                generate=generate,
+                limits=LIMITS,
+                sampling=WARM,
+                run_seed=0,
+            )
+        )
+        # At any moment: before the environment is made, in a step, in a generation, after the end.
+        await asyncio.sleep(float(rng.uniform(0, 0.03)))
+        playing.cancel()
+        (outcome,) = await asyncio.gather(playing, return_exceptions=True)
+        return "cancelled" if isinstance(outcome, BaseException) else ""
+
+    threads = threading.active_count()
+    made = 0
+    for start in range(0, ABORTED, AT_ONCE):
+        outcomes = await asyncio.gather(*(aborted(start + i) for i in range(AT_ONCE)))
+        made += len(outcomes)
+        assert "cancelled" in outcomes
+    assert made == ABORTED
+    deadline = time.monotonic() + 10
+    while (threading.active_count() > threads or Counted.alive) and time.monotonic() < deadline:
+        gc.collect()
+        await asyncio.sleep(0.05)
+    assert requests == 0
+    assert threading.active_count() <= threads
+    assert len(Counted.alive) == 0
+    assert Counted.closed > 0
+    assert len(asyncio.all_tasks()) == 1
