@@ -191,6 +191,8 @@ def make_env(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
         )
     try:
         env = creator(**kwargs) if creator else gymnasium.make(registered, disable_env_checker=True, **kwargs)
+    except ImportError as error:
+        raise EnvError(f"envs[].id: {env_id!r} cannot be made: {error}") from error
     except (TypeError, ValueError) as error:
         raise EnvError(f"envs[].kwargs: {env_id} refused {dict(kwargs)}: {error}") from error
     if not isinstance(env, gymnasium.Env):
