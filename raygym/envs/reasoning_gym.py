@@ -30,6 +30,7 @@ import difflib
 import json
 import logging
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from threading import Lock
 from typing import Any
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 Entry = dict[str, Any]
 INSTRUCTIONS = {"tags": SYSTEM_PROMPTS["simple"], "text": "Answer with the final answer only."}
 _TRIES = 1000
+_RECENT = 16
 # Generators seed one shared generator of numpy's, or fill in their state at the first question.
 _generating = Lock()
 redirect(generators.__name__)
@@ -95,8 +97,9 @@ class ReasoningGym(ChatEnv):
     ) -> tuple[list[Message], dict[str, Any]]:
         """Ask one question of the split; `info` has the package's answer and metadata."""
         super().reset(seed=seed)
-        for number in self._numbers(options):
-            entry = self._questions.entry(number)
+        first = self._number(options)
+        for _ in range(_TRIES):
+            entry = self._questions.entry(first, self._number(options))
             if entry is not None and (not self._by_question or in_split(options, entry["question"])):
                 break
         else:
@@ -108,10 +111,9 @@ class ReasoningGym(ChatEnv):
         question: Message = {"role": "user", "content": entry["question"]}
         return [*self._system, question], {"answer": entry["answer"], "metadata": entry.get("metadata", {})}
 
-    def _numbers(self, options: dict[str, Any] | None) -> Iterator[int]:
-        for _ in range(_TRIES):
-            number = int(self.np_random.integers(2**30))
-            yield number if self._by_question else split_seed(number, options)
+    def _number(self, options: dict[str, Any] | None) -> int:
+        number = int(self.np_random.integers(2**30))
+        return number if self._by_question else split_seed(number, options)
 
     def step(self, action: Message) -> tuple[None, float, bool, bool, dict[str, Any]]:
         """Score the answer."""
@@ -128,27 +130,35 @@ class ReasoningGym(ChatEnv):
 
 
 class _Questions:
-    """One dataset of the package, and the question of each number."""
+    """One dataset of the package, and its questions by number."""
 
     def __init__(self, name: str, params: dict[str, Any]) -> None:
         self.name, self._params = name, params
         self.dataset = self._create(0)
-        self._any_number = True
+        self._unbounded = True
+        self._recent: OrderedDict[int, ProceduralDataset] = OrderedDict()
 
-    def entry(self, number: int) -> Entry | None:
-        """The question of a number below 2^31, or None where the generator found none."""
-        with _generating, drawing_from(random.Random(number)):
-            if self._any_number:
+    def entry(self, first: int, second: int) -> Entry | None:
+        """The question of two numbers below 2^31, or None where the generator found none."""
+        with _generating, drawing_from(random.Random(second)):
+            if self._unbounded:
                 try:
-                    return self.dataset[number]  # type: ignore[no-any-return]
+                    return self.dataset[second]  # type: ignore[no-any-return]
                 except IndexError:
-                    # It holds `size` questions and no more: then each number gets a dataset of its own.
-                    self._any_number = False
-            dataset = self._create(number)
+                    self._unbounded = False
+            dataset = self._bounded(first)
             try:
-                return dataset[number % len(dataset)]  # type: ignore[no-any-return]
+                return dataset[second % len(dataset)]  # type: ignore[no-any-return]
             except IndexError:
                 return None
+
+    def _bounded(self, seed: int) -> ProceduralDataset:
+        # A few datasets hold `size` questions and no more: each task makes its own, which its group's episodes share.
+        if seed not in self._recent:
+            self._recent[seed] = self._create(seed)
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+        return self._recent[seed]
 
     def _create(self, seed: int) -> ProceduralDataset:
         params = self._params

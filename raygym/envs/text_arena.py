@@ -16,8 +16,8 @@ Data: drawn by the game from the task's seed: training uses even seeds, validati
 (GuessTheNumber has 20 numbers, Countdown and Cryptarithm one task unless told), both splits have the same ones.
 
 Reward: the game's own, at its end, from -1 to 1. An invalid move is answered with what is wrong with it; a second one
-in a row ends the game with what the game gives for that. Each turn brings only what is new, so a conversation holds
-each board once. `rollout.max_turns` must reach the game's end, or no reward is given.
+without a valid move between ends the game with what the game gives for that. Each turn brings only what is new, so a
+conversation holds each board once. `rollout.max_turns` must reach the game's end, or no reward is given.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ class TextArena(ChatEnv):
 
     def _news(self) -> str:
         _, messages = self._game.get_observation()
-        return "\n\n".join(text.strip() for sender, text, _ in messages if sender == textarena.GAME_ID and text.strip())
+        # The move itself comes back as well; three games of 0.7.4 give the player's number in the place of its text.
+        echo = textarena.ObservationType.PLAYER_ACTION
+        news = [text.strip() for _, text, kind in messages if kind is not echo and isinstance(text, str)]
+        return "\n\n".join(text for text in news if text)
 
 
 def _make(game: str, params: dict[str, Any], generator: random.Random) -> Any:
