@@ -7,7 +7,6 @@ from collections import deque
 import gymnasium
 import pytest
 
-from raygym.check_env import check_env
 from raygym.env import EnvError, make_env
 from raygym.envs.text_gym import TextGym
 
@@ -209,8 +208,3 @@ def test_text_and_functions():
 def test_wrong_arguments_are_named(kwargs, complaint):
     with pytest.raises(EnvError, match=complaint):
         make_env("raygym/TextGym-v0", kwargs)
-
-
-@pytest.mark.parametrize("env", ["FrozenLake-v1", "Blackjack-v1", "CliffWalking-v1"])
-def test_the_check_finds_nothing(env):
-    assert check_env(make_env("raygym/TextGym-v0", {"env": env})) == []
