@@ -161,8 +161,12 @@ class Endless(Good):
 
 
 class BlocksTheLoop(Good):
+    def reset(self, *, seed=None, options=None):
+        self.blocking = options["split"] == "train"
+        return super().reset(seed=seed)
+
     async def step(self, action):
-        time.sleep(0.3)
+        time.sleep(0.3 if self.blocking else 0)
         return "x", 0.0, True, False, {}
 
 

@@ -21,7 +21,6 @@ MIXTURE = """
 - {dataset: chain_sum, params: {min_terms: 2, max_terms: 4, allow_negation: true}}
 - {dataset: basic_arithmetic, params: {min_terms: 2, max_terms: 3}}
 - {dataset: simple_equations}
-- {dataset: polynomial_equations, params: {max_degree: 2}}
 - {dataset: prime_factorization, params: {max_value: 200}}
 - {dataset: gsm_symbolic}
 - {dataset: spell_backward, params: {min_word_len: 3, max_word_len: 6}}
