@@ -8,12 +8,13 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
 
-from raygym.config import EnvConfig
-from raygym.env import EnvError, make_env
+from raygym.config import EnvConfig, load_config
+from raygym.env import EnvError, make_env, parse_step
 from raygym.envs.reasoning_gym import ReasoningGym
 
 # Arithmetic, algebra, algorithms, logic, games, geometry, graphs, induction, time, text: easy enough to be quick.
@@ -179,3 +180,14 @@ def test_every_process_asks_the_same():
         env={**os.environ, "PYTHONHASHSEED": other, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert json.loads(done.stdout) == here
+
+
+def test_the_shipped_mixture_can_be_made_and_played():
+    envs = load_config(Path(__file__).parent.parent / "configs" / "reasoning.yaml").envs
+    datasets = {env.kwargs["dataset"] for env in envs if env.id == "raygym/ReasoningGym-v0"}
+    assert len(datasets) >= 10
+    for config in envs:
+        env = make_env(config.id, config.kwargs)
+        for split in ("train", "validation"):
+            env.reset(seed=0, options={"split": split})
+            parse_step(env.step(say("<answer>[1]</answer>")))

@@ -19,8 +19,9 @@ give 1.0 to half of the guesses. The dataset's own answer scores 1.0; a few (box
 rubiks_cube, rush_hour) ship no answer and only check one. A reply that makes the scorer raise scores 0.0 and is counted
 in `metrics["unscorable"]`: the policy chose that text, so it is no failure of the environment.
 
-Some scorers evaluate the answer as Python or through sympy (binary_matrix, n_queens, spiral_matrix, string_insertion,
-countdown, puzzle24, integration, polynomial_multiplication): train those only where such code may run.
+Some scorers evaluate the answer as Python or through sympy (binary_matrix, n_queens, spiral_matrix, string_insertion;
+countdown, puzzle24, integration, polynomial_multiplication): the policy's text can run code there, or compute for ever.
+Give those `isolation: actor`, and train them only where such code may run.
 """
 
 from __future__ import annotations

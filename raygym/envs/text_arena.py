@@ -25,6 +25,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import random
+from functools import cache
 from typing import Any
 
 from raygym.env import ChatEnv
@@ -58,8 +59,8 @@ class TextArena(ChatEnv):
         Raises:
             ValueError: there is no such game for one player, it refuses `params`, or it lacks something.
         """
-        games = sorted(name for name in ENV_REGISTRY if not name.endswith(_WRAPPED))
-        if game not in games:
+        if game not in ENV_REGISTRY or game.endswith(_WRAPPED):
+            games = [name for name in ENV_REGISTRY if not name.endswith(_WRAPPED)]
             near = difflib.get_close_matches(str(game), games, n=3) or ["GuessTheNumber-v0", "Sudoku-v0", "2048-v0"]
             raise ValueError(f"game: {game!r} is unknown; did you mean {' or '.join(near)}?")
         self._name, self._params = game, dict(params or {})
@@ -106,24 +107,29 @@ class TextArena(ChatEnv):
 
 def _make(game: str, params: dict[str, Any], generator: random.Random) -> Any:
     try:
-        importlib.import_module(ENV_REGISTRY[game].entry_point.partition(":")[0])
-        redirect("textarena")
+        _load(ENV_REGISTRY[game].entry_point.partition(":")[0])
         with drawing_from(generator):
             made = textarena.make(f"{game}-raw", **params)
     except TypeError as error:
         raise ValueError(f"params: {game} refused {params}: {error}") from error
-    except LookupError as error:
+    except (ImportError, SyntaxError, ValueError, AssertionError, OSError, KeyError, IndexError) as error:
+        raise ValueError(f"game: {game} with {params} cannot be made: {type(error).__name__}: {error}") from error
+    except LookupError as error:  # what NLTK raises, and not one of its kinds above
         raise ValueError(
             f"game: {game} needs NLTK's data, which this machine lacks; run `python -m nltk.downloader words "
             "averaged_perceptron_tagger_eng` where there is a network, or set NLTK_DATA to a copy"
         ) from error
-    except (ImportError, SyntaxError, ValueError, AssertionError, OSError) as error:
-        raise ValueError(f"game: {game} with {params} cannot be made: {type(error).__name__}: {error}") from error
     if not _is_for_one(type(made)):
         raise ValueError(f"game: {game} is for several players; expected a game for one")
     if ActionFormattingWrapper in (ENV_REGISTRY[game].default_wrappers or ()):
         return ActionFormattingWrapper(made)
     return made
+
+
+@cache
+def _load(module: str) -> None:
+    importlib.import_module(module)
+    redirect("textarena")
 
 
 def _is_for_one(game: type) -> bool:
