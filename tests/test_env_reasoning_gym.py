@@ -160,6 +160,12 @@ def test_threads_do_not_disturb_each_other():
         assert list(threads.map(ask, range(120))) == alone * 2
 
 
+def test_questions_do_not_come_from_pythons_own_generator():
+    """One of list_functions' generators draws from it."""
+    env = ReasoningGym("list_functions")
+    assert [question(env, seed) for seed in range(150)] == [question(env, seed) for seed in range(150)]
+
+
 _OF_SETS = ("isomorphic_strings", "polynomial_multiplication", "ransom_note")
 _ASK = """
 import json
