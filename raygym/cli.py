@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+import yaml
+
 from raygym.config import ConfigError, RunConfig, dump_config, load_config
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -19,6 +21,8 @@ _OVERRIDES = "key.path=value"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    if options.command == "env":
+        return _check_env(options.id, options.kwargs, options.turns)
     try:
         config = load_config(options.config, options.overrides)
         if options.command == "config":
@@ -47,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="validate a run config and print it with every default"
     )
     _with_config(check, "config check")
+    env = commands.add_parser("env", help="check an environment", description="Work with environments.")
+    check = env.add_subparsers(dest="env_command", required=True, metavar="COMMAND").add_parser(
+        "check",
+        help="play an environment as a run would and tell what is wrong with it",
+        epilog="example: raygym env check my_env:Guess --kwargs '{high: 50}'",
+    )
+    check.add_argument("id", help="a registered id, or module:Class")
+    check.add_argument("--kwargs", default="{}", metavar="YAML", help="what its constructor gets")
+    check.add_argument("--turns", type=int, default=64, help="by when an episode must have ended (default: 64)")
     return parser
 
 
@@ -61,6 +74,25 @@ def _check(config: RunConfig) -> int:
     print(dump_config(config), end="")
     print(f"# policy files: {prepared.model_dir}")
     return DONE
+
+
+def _check_env(env_id: str, kwargs_text: str, turns: int) -> int:
+    try:
+        kwargs = yaml.safe_load(kwargs_text)
+    except yaml.YAMLError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        print(f"raygym: --kwargs: {kwargs_text!r} is no mapping; expected YAML such as '{{high: 50}}'", file=sys.stderr)
+        return BAD_USAGE
+    env, check = importlib.import_module("raygym.env"), importlib.import_module("raygym.check_env")
+    try:
+        env.find_env(env_id)
+    except env.EnvError as error:
+        print(f"raygym: {error}", file=sys.stderr)
+        return BAD_USAGE
+    problems = check.check_env(env_id, kwargs, max_turns=turns)
+    print(*(f"- {problem}" for problem in problems), sep="\n") if problems else print(f"{env_id}: nothing is wrong")
+    return FAILED if problems else DONE
 
 
 def _run(command: str, config: RunConfig) -> int:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ import gymnasium
 import numpy as np
 
 import raygym.envs  # noqa: F401 - registers the built-in environments
+from raygym.installed_envs import installed_env, installed_env_ids
 from raygym.types import Message
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -166,31 +168,41 @@ def parse_step(result: Any) -> StepResult:
     )
 
 
+def find_env(env_id: str) -> Callable[..., Any]:
+    """What makes the environment of an id, or of `module:Class` (the current directory counts).
+
+    An id is one that is registered with Gymnasium, or an entry point `raygym.envs` of an installed package.
+
+    Raises:
+        EnvError: there is no such environment.
+    """
+    registered = env_id
+    if ":" in env_id:
+        module, _, registered = env_id.partition(":")
+        imported = _import(env_id, module)
+        if (creator := getattr(imported, registered, None)) is not None:
+            return creator  # type: ignore[no-any-return]
+        if registered not in gymnasium.registry:
+            raise EnvError(
+                f"envs[].id: {env_id!r}: module {module!r} has no {registered!r}"
+                f"{_nearest(registered, _classes(imported))}"
+            )
+    elif env_id not in gymnasium.registry:
+        return _installed(env_id)
+    return partial(gymnasium.make, registered, disable_env_checker=True)
+
+
 def make_env(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
-    """Make an environment from a registered Gymnasium id, or from `module:Class` (the current directory counts).
+    """Make an environment from an id or from `module:Class`; see `find_env`.
 
     Raises:
         EnvError: the id is unknown, the kwargs are refused by the constructor, or it is no `gymnasium.Env`.
     """
-    creator: Callable[..., Any] | None = None
-    registered = env_id
-    if ":" in env_id:
-        module, _, name = env_id.partition(":")
-        imported = _import(env_id, module)
-        creator = getattr(imported, name, None)
-        registered = name
-        if creator is None and name not in gymnasium.registry:
-            raise EnvError(
-                f"envs[].id: {env_id!r}: module {module!r} has no {name!r}{_nearest(name, _classes(imported))}"
-            )
-    elif env_id not in gymnasium.registry:
-        known = sorted(key for key in gymnasium.registry if key.startswith("raygym/"))
-        raise EnvError(
-            f"envs[].id: {env_id!r} is not registered{_nearest(env_id, list(gymnasium.registry))}; expected one of "
-            f"{', '.join(known)}, another registered Gymnasium id, or module:Class"
-        )
+    creator = find_env(env_id)
     try:
-        env = creator(**kwargs) if creator else gymnasium.make(registered, disable_env_checker=True, **kwargs)
+        env = creator(**kwargs)
+    except ImportError as error:
+        raise EnvError(f"envs[].id: {env_id!r} cannot be made: {error}") from error
     except (TypeError, ValueError) as error:
         raise EnvError(f"envs[].kwargs: {env_id} refused {dict(kwargs)}: {error}") from error
     if not isinstance(env, gymnasium.Env):
@@ -213,9 +225,31 @@ def _without_order_enforcing(env: gymnasium.Env[Any, Any], env_id: str) -> gymna
     return env
 
 
+def __getattr__(name: str) -> Any:
+    # It plays episodes, and what plays them imports this module.
+    if name == "check_env":
+        return importlib.import_module("raygym.check_env").check_env
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def env_tools(env: gymnasium.Env[Any, Any]) -> list[dict[str, Any]]:
     """The environment's OpenAI tool schemas; empty when it declares none."""
     return list(getattr(env.unwrapped, "tools", ()))
+
+
+def _installed(env_id: str) -> Callable[..., Any]:
+    try:
+        creator = installed_env(env_id)
+    except ImportError as error:
+        raise EnvError(f"envs[].id: {env_id!r}: {error}") from error
+    if creator is None:
+        others = installed_env_ids()
+        known = [*sorted(key for key in gymnasium.registry if key.startswith("raygym/")), *others]
+        raise EnvError(
+            f"envs[].id: {env_id!r} is not registered{_nearest(env_id, [*gymnasium.registry, *others])}; expected one "
+            f"of {', '.join(known)}, another registered Gymnasium id, or module:Class"
+        )
+    return creator
 
 
 def _import(env_id: str, module: str) -> ModuleType:

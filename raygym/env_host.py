@@ -83,6 +83,7 @@ class EnvHost:
         self._worker = _Worker()
         self._stuck = False
         self.tools: list[dict[str, Any]] = []
+        self.close_problem = ""
 
     async def reset(self, task: Task, timeout_s: float) -> list[Message]:
         """See `Host`."""
@@ -93,8 +94,14 @@ class EnvHost:
         assert self._env is not None, "reset comes first"
         return await self._guarded("step", self._step(self._env, action), timeout_s)
 
+    @property
+    def env(self) -> gymnasium.Env[Any, Any]:
+        """The environment that the last `reset` made."""
+        assert self._env is not None, "reset comes first"
+        return self._env
+
     async def close(self) -> None:
-        """See `Host`. Trouble is logged."""
+        """See `Host`. Trouble is logged, and noted in `close_problem`."""
         if self._env is None:
             # Queued behind a constructor that hangs: should it ever return, its environment is closed.
             self._worker.submit(self._close_late)
@@ -105,8 +112,10 @@ class EnvHost:
             await within(self._call(self._env.close, worker), _CLOSE_TIMEOUT_S)
         except DeadlineMissed:
             logger.warning("%s.close() still runs after %s s; left alone", type(self._env).__name__, _CLOSE_TIMEOUT_S)
-        except Exception:
+            self.close_problem = f"close still runs after {_CLOSE_TIMEOUT_S:g} s"
+        except Exception as error:
             logger.warning("%s.close() raised", type(self._env).__name__, exc_info=True)
+            self.close_problem = f"close raised {type(error).__name__}: {error}"
         finally:
             worker.stop()
             self._worker.stop()

@@ -1,4 +1,4 @@
-"""The environment contract: what observations may be, how environments are found, what `check_env` notices."""
+"""The environment contract: what observations may be, and how environments are found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import gymnasium
 import numpy as np
 import pytest
 
-from raygym.check_env import check_env
 from raygym.env import ChatEnv, ChatSpace, EnvError, env_tools, make_env, normalize_observation, parse_reset, parse_step
 
 
@@ -34,6 +33,15 @@ class AsyncEcho(Echo):
 
     async def step(self, action):
         return super().step(action)
+
+
+def installed(directory: Path, package: str, entry_points: dict[str, str]) -> None:
+    """Leave in `directory` what an installer would of a package with these entry points."""
+    info = directory / f"{package.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [f"{name} = {target}" for name, target in entry_points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[raygym.envs]", *lines, ""]))
 
 
 class TestObservations:
@@ -173,67 +181,36 @@ class TestMakeEnv:
         finally:
             del gymnasium.registry["user/Short-v0"], gymnasium.registry["user/AsyncShort-v0"]
 
+    def test_entry_points_of_installed_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        installed(tmp_path, "acme-mazes", {"acme/Maze-v0": "acme_mazes:Maze", "acme/Gone-v0": "acme_mazes:Gone"})
+        installed(tmp_path, "other-mazes", {"acme/Twice-v0": "acme_mazes:Maze"})
+        installed(tmp_path, "third-mazes", {"acme/Twice-v0": "third_mazes:Maze"})
+        (tmp_path / "acme_mazes.py").write_text(f"from {__name__} import Echo\nclass Maze(Echo): pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        env = make_env("acme/Maze-v0", {"length": 4})
+        assert (type(env).__module__, type(env).__name__, env.length) == ("acme_mazes", "Maze", 4)
+        for env_id, kwargs, complaint in (
+            ("acme/Maze-v1", {}, "did you mean acme/Maze-v0.*expected one of .*acme/Gone-v0"),
+            ("acme/Gone-v0", {}, "acme-mazes offers it as acme_mazes:Gone, which cannot be loaded"),
+            ("acme/Twice-v0", {}, "more than once.*other-mazes.*third-mazes.*module:Class"),
+            ("acme/Maze-v0", {"depth": 4}, r"envs\[\]\.kwargs"),
+        ):
+            with pytest.raises(EnvError, match=complaint):
+                make_env(env_id, kwargs)
+
+    def test_a_missing_package_is_told_with_its_extra(self, monkeypatch: pytest.MonkeyPatch):
+        for package, env_id in (("textarena", "raygym/TextArena-v0"), ("reasoning_gym", "raygym/ReasoningGym-v0")):
+            for name in [name for name in sys.modules if name.split(".")[0] == package]:
+                monkeypatch.delitem(sys.modules, name)
+            monkeypatch.setitem(sys.modules, package, None)
+            module = gymnasium.registry[env_id].entry_point.split(":")[0]
+            monkeypatch.delitem(sys.modules, module, raising=False)
+            with pytest.raises(EnvError, match=r"envs\[\]\.id.*pip install 'raygym\[envs\]'"):
+                make_env(env_id, {})
+
     def test_tools_are_seen_through_wrappers(self):
         class Tooled(Echo):
             tools = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
 
         assert env_tools(gymnasium.wrappers.TimeLimit(Tooled(), 2))[0]["function"]["name"] == "f"
         assert env_tools(Echo()) == []
-
-
-class Unseeded(Echo):
-    def reset(self, *, seed=None, options=None):
-        return f"{np.random.default_rng().integers(10**9)}", {}
-
-
-class NotFinite(Echo):
-    def step(self, action):
-        return "x", float("inf"), True, False, {}
-
-
-class Raises(Echo):
-    def step(self, action):
-        raise KeyError("board")
-
-
-class NoStep(ChatEnv):
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return "x", {}
-
-
-class NoOptions(Echo):
-    def reset(self, *, seed=None):
-        return super().reset(seed=seed)
-
-
-class BadTools(Echo):
-    tools = ({"name": "f"},)
-
-
-class TestCheckEnv:
-    @pytest.mark.parametrize("env_class", [Echo, AsyncEcho])
-    def test_good(self, env_class):
-        assert check_env(env_class(length=3)) == []
-
-    @pytest.mark.parametrize(
-        ("env_class", "complaint"),
-        [
-            (Unseeded, "two different first observations"),
-            (NotFinite, "finite number"),
-            (Raises, "KeyError"),
-            (NoStep, "NoStep must implement step"),
-            (NoOptions, "unexpected keyword argument 'options'"),
-            (BadTools, "tools[0]"),
-        ],
-    )
-    def test_bad(self, env_class, complaint):
-        problems = check_env(env_class())
-        assert any(complaint in problem for problem in problems), problems
-
-    def test_no_environment(self):
-        assert "gymnasium.Env" in check_env(object())[0]
-
-    @pytest.mark.parametrize("env_id", ["raygym/NumberGuess-v0", "raygym/Arithmetic-v0"])
-    def test_built_ins(self, env_id):
-        assert check_env(make_env(env_id, {})) == []

@@ -23,11 +23,27 @@ def in_split(options: dict[str, Any] | None, *task: int | str) -> bool:
     Raises:
         ValueError: `options["split"]` is neither `train` nor `validation`.
     """
+    return held_out(*task) is is_validation(options)
+
+
+def is_validation(options: dict[str, Any] | None) -> bool:
+    """Whether `env.reset(options=...)` asks for the split `validation`; without a split it is training.
+
+    Raises:
+        ValueError: `options["split"]` is neither `train` nor `validation`.
+    """
     split = (options or {}).get("split", "train")
     if split not in ("train", "validation"):
         raise ValueError(f"options['split'] is {split!r}; expected 'train' or 'validation'")
-    validation = split == "validation"
-    return held_out(*task) is validation
+    return bool(split == "validation")
+
+
+def split_seed(seed: int, options: dict[str, Any] | None) -> int:
+    """The seed for a generator that is not raygym's: even in training, odd in validation, so no seed is in both.
+
+    Below 2^32 for the seeds of a run, which are below 2^31. Two seeds can still give the same task where there are few.
+    """
+    return 2 * seed + is_validation(options)
 
 
 def whole_number(text: str) -> int | None:
