@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledE
 
 from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
 from raygym.config import EnvConfig, RolloutConfig
-from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler
+from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
 
@@ -34,16 +35,10 @@ class RolloutManager:
         runners: Sequence[ActorHandle[Any]],
         supervision: Supervision | None = None,
     ) -> None:
-        self._scheduler = Scheduler(
-            TaskCursor([(env.label, env.weight) for env in envs], seed),
-            groups_per_step=config.groups_per_step,
-            group_size=config.group_size,
-            steps=steps,
-            max_concurrent=config.max_concurrent,
-            max_staleness=config.max_staleness,
-            max_retries=config.max_retries,
-            max_replaced_groups=config.max_replaced_groups,
-        )
+        given = {name: getattr(config, name) for name in SchedulerOptions.__slots__ if name != "steps"}
+        cursor = TaskCursor([(env.label, env.weight) for env in envs], seed)
+        self._scheduler = Scheduler(cursor, SchedulerOptions(**given, steps=steps), time.monotonic)
+        self._alarm: asyncio.TimerHandle | None = None
         self._deadline_s = {env.label: _deadline_s(config, env) for env in envs}
         # The runner cuts it down to what the episode's environment may use.
         most_tokens = max(env.max_tokens_per_turn or config.max_tokens_per_turn for env in envs)
@@ -90,14 +85,34 @@ class RolloutManager:
             if self._stopped is not None:
                 raise self._stopped
             if (result := collected()) is not None:
+                self._fill()
                 return result
             self._changed.clear()
             await self._changed.wait()
 
     def _fill(self) -> None:
-        if self._stopped is None:
-            for assignment in self._scheduler.start():
-                self._calls[assignment] = asyncio.create_task(self._run(assignment))
+        """Start what may start, cancel what is not wanted any more, and come back when the next group expires."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if self._stopped is not None:
+            return
+        try:
+            self._scheduler.expire()
+        except RolloutStopped as stop:
+            self._stop(stop)
+            return
+        for assignment in self._scheduler.obsolete():
+            if assignment in self._calls:
+                self._calls[assignment].cancel()
+        for assignment in self._scheduler.start():
+            self._calls[assignment] = asyncio.create_task(self._run(assignment))
+        if (expires_s := self._scheduler.next_expiry()) is not None:
+            wait_s = max(0.0, expires_s - time.monotonic())
+            self._alarm = asyncio.get_running_loop().call_later(wait_s, self._fill)
+
+    def _stop(self, stop: RolloutStopped) -> None:
+        self._stopped = stop
+        self._changed.set()
 
     async def _run(self, assignment: Assignment) -> None:
         try:
@@ -105,17 +120,14 @@ class RolloutManager:
         except asyncio.CancelledError:
             outcome = EpisodeFailure(FailureKind.CANCELLED, "its group was given up")
         except RunnersLost as error:
-            self._stopped = RolloutStopped(str(error))
-            self._changed.set()
+            self._stop(RolloutStopped(str(error)))
             return
         finally:
             del self._calls[assignment]
         try:
-            for obsolete in self._scheduler.finish(assignment, outcome):
-                if obsolete in self._calls:
-                    self._calls[obsolete].cancel()
+            self._scheduler.finish(assignment, outcome)
         except RolloutStopped as stop:
-            self._stopped = stop
+            self._stop(stop)
         self._fill()
         self._changed.set()
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from raygym.types import FailureKind
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -149,8 +151,25 @@ class RolloutConfig(Section):
     episode_timeout_s: PositiveFloat = 600
     max_retries: NonNegativeInt = 3
     """Fresh attempts at one failed episode before its group is replaced."""
+    retries: dict[str, NonNegativeInt] = {}
+    """The same for single kinds of failure, such as `{context_overflow: 0}`."""
+    max_failures_in_a_row: PositiveInt = 256
+    """Failed attempts of one environment, no episode of it finished in between, before the run stops."""
     max_replaced_groups: NonNegativeInt = 16
     """Groups replaced in a row, without one delivered, before the run stops with the last cause."""
+    order: Literal["task", "completion"] = "task"
+    """Which groups a step takes: those of its tasks, in order, or those that are whole first."""
+    over_sampling: Annotated[float, Field(ge=0, le=4)] = 0.0
+    """With `order: completion`: so many more groups are in play than a step takes, as a share of them. What is not
+    whole in time for its staleness is dropped, which favours short episodes."""
+    extra_episodes: NonNegativeInt = 0
+    """Started for each group beyond `group_size`; the first to finish are the group, which favours short ones."""
+    group_deadline_s: PositiveFloat | None = None
+    """A group that is not whole so long after its first episode started is replaced by another task's."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal: GRPO learns nothing from them."""
+    max_uniform_groups: PositiveInt = 64
+    """So many of them in a row stop the run."""
 
 
 class LearnerConfig(Section):
@@ -264,6 +283,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"learner.mini_batches: {learner.mini_batches} does not divide rollout.groups_per_step "
                 f"{rollout.groups_per_step}; expected a divisor of it"
+            )
+        if rollout.over_sampling and rollout.order == "task":
+            raise ValueError("rollout.over_sampling: needs rollout.order: completion, since it drops the slowest tasks")
+        if unknown := sorted(set(rollout.retries) - set(FailureKind)):
+            raise ValueError(
+                f"rollout.retries: {unknown[0]!r} is no kind of failure; expected {', '.join(FailureKind)}"
             )
         labels = [env.label for env in self.envs]
         if len(set(labels)) != len(labels):

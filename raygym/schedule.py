@@ -1,21 +1,46 @@
-"""Which episode runs next: admission by staleness, bounded concurrency, retries, whole groups. Pure; no clock, no IO.
+"""Which episode runs next: admission by staleness, bounded concurrency, retries, whole groups. Pure; no IO.
 
-A slot is one place in a step's batch. Its group plays one task; when the group cannot be completed, the task is dropped
-with its cause and the slot takes the next task of the order.
+A group plays one task. In task order each place of a step's batch (a slot) belongs to one task; in completion order a
+step takes the groups that are whole first. A group that cannot be completed, or is not wanted, is dropped with its
+cause, and the next task of the order takes its place.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from raygym.failure_budget import FailureBudget
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
 
 
 class RolloutStopped(RuntimeError):
-    """Rollouts cannot go on: too many groups in a row could not be completed."""
+    """Rollouts cannot go on: an environment fails always, or too many groups in a row were not usable."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """What `rollout` of the run config says about scheduling; see there."""
+
+    groups_per_step: int
+    group_size: int
+    steps: int
+    max_concurrent: int
+    max_staleness: int = 0
+    max_retries: int = 3
+    retries: Mapping[str, int] = field(default_factory=dict)
+    max_replaced_groups: int = 16
+    max_failures_in_a_row: int = 256
+    order: Literal["task", "completion"] = "task"
+    over_sampling: float = 0.0
+    extra_episodes: int = 0
+    group_deadline_s: float | None = None
+    dynamic_sampling: bool = False
+    max_uniform_groups: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,50 +79,65 @@ class _OpenGroup:
     group_id: str
     task: Task
     size: int
+    admitted_at: int
+    """Weight version: no token of it is older."""
+    slot: int = -1
+    """Its place in the order of steps; -1 in completion order and for validation."""
+    spare: int = 0
+    """Episodes beyond `size` that may be lost without the group being lost."""
     finished: dict[int, Trajectory] = field(default_factory=dict)
+    started_s: float | None = None
 
-    @property
     def whole(self) -> bool:
         return len(self.finished) == self.size
 
     def close(self) -> Group:
-        return Group(self.group_id, self.task, tuple(self.finished[i] for i in range(self.size)))
+        return Group(self.group_id, self.task, tuple(self.finished[i] for i in sorted(self.finished)))
+
+
+@dataclass(slots=True)
+class _Events:
+    """Of one split, since its last collection."""
+
+    dropped: list[Dropped] = field(default_factory=list)
+    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 class Scheduler:
-    """The rollout state of one run. Every method returns at once; the caller runs the assignments."""
+    """The rollout state of one run. Every method returns at once; the caller runs the assignments.
 
-    def __init__(
-        self,
-        cursor: TaskCursor,
-        *,
-        groups_per_step: int,
-        group_size: int,
-        steps: int,
-        max_concurrent: int,
-        max_staleness: int,
-        max_retries: int,
-        max_replaced_groups: int,
-    ) -> None:
+    After any call, `obsolete` has running attempts whose outcome no longer matters.
+    """
+
+    def __init__(self, cursor: TaskCursor, options: SchedulerOptions, clock: Callable[[], float] = lambda: 0.0) -> None:
+        """Nothing is admitted yet.
+
+        Args:
+            cursor: the order of tasks.
+            options: see there.
+            clock: seconds, for `group_deadline_s`.
+        """
         self._cursor = cursor
-        self._groups_per_step = groups_per_step
-        self._group_size = group_size
-        self._slots = steps * groups_per_step
-        self._max_concurrent = max_concurrent
-        self._max_staleness = max_staleness
-        self._max_retries = max_retries
-        self._max_replaced_groups = max_replaced_groups
+        self._options = options
+        self._clock = clock
+        self._budget = FailureBudget(options.max_retries, options.retries, options.max_failures_in_a_row)
         self._version = 0
-        self._admitted = 0
-        self._by_slot: dict[int, _OpenGroup] = {}
-        self._slot_of: dict[str, int] = {}
+        self._delivered = 0
+        self._slots_given = 0
+        self._train: dict[str, _OpenGroup] = {}
+        self._whole: list[str] = []
         self._validation: dict[str, _OpenGroup] = {}
         self._waiting: deque[Assignment] = deque()
+        self._waiting_validation: deque[Assignment] = deque()
         self._running: set[Assignment] = set()
-        self._dropped: list[Dropped] = []
-        self._failures: Counter[str] = Counter()
-        self._failures_by_env: Counter[str] = Counter()
+        self._running_validation = 0
+        # In order, each once.
+        self._obsolete: dict[Assignment, None] = {}
+        self._events = {"train": _Events(), "validation": _Events()}
         self._replaced_in_a_row = 0
+        self._uniform_in_a_row = 0
+        self.max_concurrent = options.max_concurrent
+        """Episodes at once; may be changed at any time."""
 
     @property
     def running(self) -> int:
@@ -106,11 +146,10 @@ class Scheduler:
 
     def describe(self) -> str:
         """What is going on, in one line for a person."""
-        whole = sum(group.whole for group in self._by_slot.values())
         if self._validation:
-            done = sum(group.whole for group in self._validation.values())
+            done = sum(group.whole() for group in self._validation.values())
             return f"{done} of {len(self._validation)} validation tasks done, {self.running} episodes running"
-        return f"{whole} of {len(self._by_slot)} groups whole, {self.running} episodes running"
+        return f"{len(self._whole)} of {len(self._train)} groups whole, {self.running} episodes running"
 
     def set_version(self, version: int) -> None:
         """The engines now serve `version`: groups of steps up to `version + max_staleness` may start."""
@@ -118,117 +157,232 @@ class Scheduler:
         self._version = version
 
     def add_validation(self, tasks: Iterable[Task]) -> None:
-        """Queue each task once, before everything that waits."""
+        """Queue each task once. While training waits as well, validation has half of the places."""
         assert not self._validation, "the previous validation was not collected"
         for task in tasks:
-            group = _OpenGroup(f"validation-{self._version}-{task.index}", task, size=1)
+            group = _OpenGroup(f"validation-{self._version}-{task.index}", task, 1, self._version)
             self._validation[group.group_id] = group
-        self._waiting.extendleft(
-            Assignment(group.group_id, group.task, 0, 0) for group in reversed(self._validation.values())
-        )
+        self._waiting_validation.extend(Assignment(g.group_id, g.task, 0, 0) for g in self._validation.values())
 
     def start(self) -> list[Assignment]:
         """Episodes to start now; they count as running until `finish` is called with each."""
         self._admit()
         started = []
-        while self._waiting and len(self._running) < self._max_concurrent:
-            assignment = self._waiting.popleft()
+        while len(self._running) < self.max_concurrent and (assignment := self._next()) is not None:
             self._running.add(assignment)
+            group = self._open_group(assignment.group_id)
+            assert group is not None
+            if group.started_s is None:
+                group.started_s = self._clock()
             started.append(assignment)
         return started
 
-    def finish(self, assignment: Assignment, outcome: Trajectory | EpisodeFailure) -> list[Assignment]:
+    def finish(self, assignment: Assignment, outcome: Trajectory | EpisodeFailure) -> None:
         """Record one attempt's end.
 
-        Returns:
-            Running attempts of a group that was given up: their outcome no longer matters, cancel them.
+        Raises:
+            RolloutStopped: its environment is hopeless, or this was one replaced group too many.
+        """
+        if assignment in self._running:
+            self._running.remove(assignment)
+            self._running_validation -= assignment.task.split == "validation"
+        group = self._open_group(assignment.group_id)
+        if group is None or group.whole():
+            return
+        env = assignment.task.env
+        kind, detail = _failure(outcome)
+        if isinstance(outcome, Trajectory) and not kind:
+            self._budget.finished(env)
+            group.finished[assignment.episode] = outcome
+            if group.whole():
+                self._complete(group)
+            return
+        self._events[assignment.task.split].failures[env, kind] += 1
+        self._budget.failed(env)
+        if count := self._budget.hopeless(env):
+            raise RolloutStopped(
+                f"environment {env!r} failed {count} times in a row, no episode of it finished in between "
+                f"(rollout.max_failures_in_a_row); the last, of task seed {assignment.task.seed}: {kind}: {detail}"
+            )
+        if self._budget.may_retry(kind, assignment.attempt):
+            retry = Assignment(assignment.group_id, assignment.task, assignment.episode, assignment.attempt + 1)
+            (self._waiting_validation if group.group_id in self._validation else self._waiting).appendleft(retry)
+        elif group.spare:
+            group.spare -= 1
+        else:
+            self._give_up(group, f"{kind}: {detail}")
+
+    def expire(self) -> None:
+        """Replace groups that are older than `group_deadline_s`.
 
         Raises:
             RolloutStopped: this was one replaced group too many.
         """
-        self._running.discard(assignment)
-        group = self._open_group(assignment.group_id)
-        if group is None:
-            return []
-        if isinstance(outcome, Trajectory) and outcome.failure is None:
-            group.finished[assignment.episode] = outcome
-            if group.whole:
-                self._replaced_in_a_row = 0
-            return []
-        kind, detail = _failure(outcome)
-        self._failures[kind] += 1
-        self._failures_by_env[assignment.task.env] += 1
-        if assignment.attempt < self._max_retries:
-            retry = Assignment(assignment.group_id, assignment.task, assignment.episode, assignment.attempt + 1)
-            self._waiting.appendleft(retry)
-            return []
-        return self._give_up(group, f"{kind}: {detail}")
+        for group, expires_s in self._expiries():
+            if self._clock() >= expires_s:
+                done = f"{len(group.finished)} of {group.size} episodes were done"
+                self._give_up(group, f"group_deadline: not whole after {self._options.group_deadline_s:g} s; {done}")
+
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to do next, on the clock; None when nothing can expire."""
+        return min((expires_s for _, expires_s in self._expiries()), default=None)
+
+    def obsolete(self) -> list[Assignment]:
+        """Running attempts whose outcome no longer matters, each told once: cancel them."""
+        told, self._obsolete = self._obsolete, {}
+        return [assignment for assignment in told if assignment in self._running]
 
     def collect_step(self, step: int) -> Collected | None:
-        """The whole groups of `step`, in task order, or None while one is missing."""
-        slots = range(step * self._groups_per_step, (step + 1) * self._groups_per_step)
-        if not all(slot in self._by_slot and self._by_slot[slot].whole for slot in slots):
+        """The whole groups of `step`, or None while one is missing; they are trained with the version of that number.
+
+        In task order these are the groups of the step's slots. In completion order they are the first that are whole;
+        groups that would be too stale for the next step come first, and are waited for unless there is over-sampling.
+        """
+        groups = self._by_slot(step) if self._options.order == "task" else self._by_completion(step)
+        if groups is None:
             return None
-        groups = [self._by_slot.pop(slot) for slot in slots]
+        self._delivered += len(groups)
         for group in groups:
-            del self._slot_of[group.group_id]
-        return self._collected(groups)
+            del self._train[group.group_id]
+            self._whole.remove(group.group_id)
+        if self._options.order == "completion":
+            self._drop_stale(step)
+        return self._collected(groups, "train")
 
     def collect_validation(self) -> Collected | None:
         """The validation's groups (one episode each), or None while one is missing."""
         groups = list(self._validation.values())
-        if not all(group.whole for group in groups):
+        if not all(group.whole() for group in groups):
             return None
         self._validation = {}
-        return self._collected(groups)
+        return self._collected(groups, "validation")
+
+    def _expiries(self) -> list[tuple[_OpenGroup, float]]:
+        limit = self._options.group_deadline_s
+        if limit is None:
+            return []
+        return [(g, g.started_s + limit) for g in self._train.values() if g.started_s is not None and not g.whole()]
+
+    def _next(self) -> Assignment | None:
+        half = max(1, self.max_concurrent // 2)
+        if self._waiting_validation and (not self._waiting or self._running_validation < half):
+            self._running_validation += 1
+            return self._waiting_validation.popleft()
+        return self._waiting.popleft() if self._waiting else None
 
     def _admit(self) -> None:
-        newest_step = self._version + self._max_staleness
-        while self._admitted < self._slots and self._admitted // self._groups_per_step <= newest_step:
-            self._open_slot(self._admitted)
-            self._admitted += 1
+        options = self._options
+        total = options.steps * options.groups_per_step
+        ahead = min((self._version + 1 + options.max_staleness) * options.groups_per_step, total)
+        if options.order == "task":
+            while self._slots_given < ahead:
+                self._open(self._slots_given)
+                self._slots_given += 1
+        elif self._delivered < total:
+            extra = math.ceil(options.over_sampling * options.groups_per_step)
+            while self._delivered + len(self._train) < ahead + extra:
+                self._open(-1)
 
-    def _open_slot(self, slot: int, *, first: bool = False) -> None:
-        task = self._cursor.next()
-        group = _OpenGroup(f"{task.split}-{task.index}", task, self._group_size)
-        self._by_slot[slot] = group
-        self._slot_of[group.group_id] = slot
-        episodes = [Assignment(group.group_id, task, episode, 0) for episode in range(self._group_size)]
+    def _open(self, slot: int, *, first: bool = False) -> None:
+        task, size, spare = self._cursor.next(), self._options.group_size, self._options.extra_episodes
+        group = _OpenGroup(f"{task.split}-{task.index}", task, size, self._version, slot, spare)
+        self._train[group.group_id] = group
+        episodes = [Assignment(group.group_id, task, episode, 0) for episode in range(size + spare)]
         if first:
             self._waiting.extendleft(reversed(episodes))
         else:
             self._waiting.extend(episodes)
 
-    def _give_up(self, group: _OpenGroup, cause: str) -> list[Assignment]:
-        self._dropped.append(Dropped(group.task, group.group_id, cause))
-        self._waiting = deque(a for a in self._waiting if a.group_id != group.group_id)
+    def _complete(self, group: _OpenGroup) -> None:
+        self._replaced_in_a_row = 0
+        self._forget(group)
+        if group.group_id in self._validation:
+            return
+        rewards = {trajectory.reward for trajectory in group.finished.values()}
+        if not self._options.dynamic_sampling or len(rewards) > 1:
+            self._uniform_in_a_row = 0
+            self._whole.append(group.group_id)
+            return
+        self._uniform_in_a_row += 1
+        if self._uniform_in_a_row > self._options.max_uniform_groups:
+            raise RolloutStopped(
+                f"{self._uniform_in_a_row} groups in a row had no two different rewards (all {rewards.pop():g} in the "
+                f"last, of environment {group.task.env!r}): there is nothing to learn from. Use easier or harder tasks, "
+                "a higher temperature, or switch rollout.dynamic_sampling off"
+            )
+        self._replace(group, f"no_spread: all {self._options.group_size} rewards were {rewards.pop():g}")
+
+    def _give_up(self, group: _OpenGroup, cause: str) -> None:
         self._replaced_in_a_row += 1
-        if self._replaced_in_a_row > self._max_replaced_groups:
+        if self._replaced_in_a_row > self._options.max_replaced_groups:
             raise RolloutStopped(
                 f"{self._replaced_in_a_row} groups in a row could not be completed; the last was of environment "
-                f"{group.task.env!r} (task seed {group.task.seed}) and failed with {cause}"
+                f"{group.task.env!r} (task seed {group.task.seed}): {cause}"
             )
-        if group.group_id in self._validation:
-            del self._validation[group.group_id]
-        else:
-            # A replacement belongs to the oldest step that still waits, so it goes before everything younger.
-            self._open_slot(self._slot_of.pop(group.group_id), first=True)
-        return [a for a in self._running if a.group_id == group.group_id]
+        self._replace(group, cause)
+
+    def _replace(self, group: _OpenGroup, cause: str) -> None:
+        self._drop(group, cause)
+        if group.task.split != "validation" and group.slot >= 0:
+            # It belongs to the oldest step that still waits, so it goes before everything younger.
+            self._open(group.slot, first=True)
+
+    def _drop(self, group: _OpenGroup, cause: str) -> None:
+        self._events[group.task.split].dropped.append(Dropped(group.task, group.group_id, cause))
+        self._forget(group)
+        self._validation.pop(group.group_id, None)
+        self._train.pop(group.group_id, None)
+        if group.group_id in self._whole:
+            self._whole.remove(group.group_id)
+
+    def _forget(self, group: _OpenGroup) -> None:
+        """No further attempt at this group is wanted."""
+        self._waiting = deque(a for a in self._waiting if a.group_id != group.group_id)
+        self._waiting_validation = deque(a for a in self._waiting_validation if a.group_id != group.group_id)
+        self._obsolete |= dict.fromkeys(a for a in self._running if a.group_id == group.group_id)
+
+    def _by_slot(self, step: int) -> list[_OpenGroup] | None:
+        size = self._options.groups_per_step
+        by_slot = {group.slot: group for group in self._train.values() if group.slot // size == step}
+        if len(by_slot) < size or any(group.group_id not in self._whole for group in by_slot.values()):
+            return None
+        return [by_slot[slot] for slot in sorted(by_slot)]
+
+    def _by_completion(self, step: int) -> list[_OpenGroup] | None:
+        due = [group for group in self._train.values() if self._last_step(group) <= step]
+        if not self._options.over_sampling and any(group.group_id not in self._whole for group in due):
+            return None
+        # A stable sort: of the same urgency, the first that was whole.
+        urgent = {group.group_id for group in due}
+        size = self._options.groups_per_step
+        chosen = sorted(self._whole, key=lambda group_id: group_id not in urgent)[:size]
+        return [self._train[group_id] for group_id in chosen] if len(chosen) == size else None
+
+    def _last_step(self, group: _OpenGroup) -> int:
+        return group.admitted_at + self._options.max_staleness
+
+    def _drop_stale(self, step: int) -> None:
+        last = step + 1 == self._options.steps
+        for group in list(self._train.values()):
+            if last or self._last_step(group) <= step:
+                self._drop(group, "surplus: other groups were whole first (rollout.over_sampling)")
 
     def _open_group(self, group_id: str) -> _OpenGroup | None:
-        if group_id in self._slot_of:
-            return self._by_slot[self._slot_of[group_id]]
-        return self._validation.get(group_id)
+        return self._train.get(group_id) or self._validation.get(group_id)
 
-    def _collected(self, groups: list[_OpenGroup]) -> Collected:
-        dropped, self._dropped = tuple(self._dropped), []
-        failures, self._failures = dict(self._failures), Counter()
-        by_env, self._failures_by_env = dict(self._failures_by_env), Counter()
-        return Collected(tuple(group.close() for group in groups), dropped, failures, by_env)
+    def _collected(self, groups: list[_OpenGroup], split: str) -> Collected:
+        events, self._events[split] = self._events[split], _Events()
+        by_kind: Counter[str] = Counter()
+        by_env: Counter[str] = Counter()
+        for (env, kind), count in events.failures.items():
+            by_kind[kind] += count
+            by_env[env] += count
+        whole = tuple(group.close() for group in groups)
+        return Collected(whole, tuple(events.dropped), dict(by_kind), dict(by_env))
 
 
 def _failure(outcome: Trajectory | EpisodeFailure) -> tuple[str, str]:
+    """Kind and detail; empty for an episode that came to its end."""
     if isinstance(outcome, EpisodeFailure):
         return outcome.kind, outcome.detail
-    assert outcome.failure is not None
-    return outcome.failure, outcome.failure_detail
+    return outcome.failure or "", outcome.failure_detail

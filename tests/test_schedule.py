@@ -1,4 +1,4 @@
-"""The scheduler under any interleaving of finishing, failing and updating."""
+"""The scheduler under any interleaving of finishing, failing, expiring and updating."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler
+from raygym.config import ConfigError, RolloutConfig, parse_config
+from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions
 from raygym.tasks import TaskCursor, validation_tasks
 from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Sampling, Trajectory
 
 ENVS = [("a", 1.0), ("b", 2.0)]
 
 
-def scheduler(**changes: Any) -> Scheduler:
-    options = {
+class Clock:
+    """Seconds that pass only when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def scheduler(clock: Clock | None = None, **changes: Any) -> Scheduler:
+    options: dict[str, Any] = {
         "groups_per_step": 2,
         "group_size": 2,
         "steps": 3,
@@ -27,10 +38,10 @@ def scheduler(**changes: Any) -> Scheduler:
         "max_retries": 1,
         "max_replaced_groups": 5,
     }
-    return Scheduler(TaskCursor(ENVS, seed=0), **(options | changes))
+    return Scheduler(TaskCursor(ENVS, seed=0), SchedulerOptions(**(options | changes)), clock or Clock())
 
 
-def played(assignment: Assignment) -> Trajectory:
+def played(assignment: Assignment, reward: float = 1.0) -> Trajectory:
     empty = np.empty(0)
     return Trajectory(
         task=assignment.task,
@@ -43,7 +54,7 @@ def played(assignment: Assignment) -> Trajectory:
         logprobs=empty.astype(np.float32),
         weight_versions=empty.astype(np.int32),
         turns=(),
-        reward=1.0,
+        reward=reward,
         messages=(),
         sampling=Sampling(),
     )
@@ -52,26 +63,50 @@ def played(assignment: Assignment) -> Trajectory:
 LOST = EpisodeFailure(FailureKind.ENV_LOST, "gone")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     failure_rate=st.floats(0, 0.4),
+    expiry_rate=st.sampled_from([0.0, 0.0, 0.02]),
     max_staleness=st.integers(0, 3),
     max_concurrent=st.integers(1, 12),
     groups_per_step=st.integers(1, 4),
     group_size=st.integers(2, 4),
+    order=st.sampled_from(["task", "completion"]),
+    over_sampling=st.sampled_from([0.0, 0.5, 2.0]),
+    extra_episodes=st.integers(0, 2),
+    dynamic_sampling=st.booleans(),
 )
-def test_any_interleaving_delivers_every_task_once(
-    seed: int, failure_rate: float, max_staleness: int, max_concurrent: int, groups_per_step: int, group_size: int
+def test_any_interleaving_keeps_the_promises(
+    seed: int,
+    failure_rate: float,
+    expiry_rate: float,
+    max_staleness: int,
+    max_concurrent: int,
+    groups_per_step: int,
+    group_size: int,
+    order: str,
+    over_sampling: float,
+    extra_episodes: int,
+    dynamic_sampling: bool,
 ) -> None:
-    steps, rng = 4, random.Random(seed)
+    """Bounded staleness and concurrency, whole groups, each task trained once or dropped with its cause."""
+    steps, rng, clock = 4, random.Random(seed), Clock()
     schedule = scheduler(
+        clock,
         steps=steps,
         max_staleness=max_staleness,
         max_concurrent=max_concurrent,
         groups_per_step=groups_per_step,
         group_size=group_size,
         max_replaced_groups=10_000,
+        max_failures_in_a_row=10_000,
+        max_uniform_groups=10_000,
+        order=order,
+        over_sampling=over_sampling if order == "completion" else 0.0,
+        extra_episodes=extra_episodes,
+        dynamic_sampling=dynamic_sampling,
+        group_deadline_s=10.0,
     )
     running: list[Assignment] = []
     version, collected, started_at = 0, list[Collected](), dict[str, int]()
@@ -81,14 +116,25 @@ def test_any_interleaving_delivers_every_task_once(
             running.append(assignment)
         assert schedule.running == len(running) <= max_concurrent
         assert running, "nothing runs although a step is missing"
+        if rng.random() < expiry_rate:
+            clock.now += 20.0
+            schedule.expire()
         assignment = running.pop(rng.randrange(len(running)))
-        obsolete = schedule.finish(assignment, LOST if rng.random() < failure_rate else played(assignment))
+        schedule.finish(assignment, LOST if rng.random() < failure_rate else played(assignment, rng.randrange(3)))
+        obsolete = schedule.obsolete()
         assert set(obsolete) <= set(running)
+        for unwanted in obsolete:
+            if rng.random() < 0.5:  # cancelled; else it comes to its end on its own
+                running.remove(unwanted)
+                schedule.finish(unwanted, EpisodeFailure(FailureKind.CANCELLED, "unwanted"))
         # With staleness the next step may be whole already.
         while version < steps and (step := schedule.collect_step(version)) is not None:
+            assert len(step.groups) == groups_per_step
             for group in step.groups:
-                assert [t.episode for t in group.trajectories] == list(range(group_size))
+                episodes = [t.episode for t in group.trajectories]
+                assert len(set(episodes)) == group_size and set(episodes) <= set(range(group_size + extra_episodes))
                 assert version - started_at[group.group_id] <= max_staleness
+                assert not dynamic_sampling or len(set(group.rewards)) > 1
             collected.append(step)
             version += 1
             schedule.set_version(version)
@@ -97,16 +143,20 @@ def test_any_interleaving_delivers_every_task_once(
     assert len(trained) == steps * groups_per_step
     # Exactly once: nothing of the order is skipped, nothing comes twice.
     assert sorted(trained + dropped) == list(range(len(trained) + len(dropped)))
+    assert all(drop.cause for step in collected for drop in step.dropped)
 
 
 def test_a_failed_episode_is_retried_then_its_group_replaced() -> None:
     schedule = scheduler(max_concurrent=4)
     first, sibling, *others = schedule.start()
     assert (first.group_id, first.attempt) == (sibling.group_id, 0)
-    assert schedule.finish(first, LOST) == []
+    schedule.finish(first, LOST)
+    assert schedule.obsolete() == []
     (retry,) = schedule.start()
     assert retry == Assignment(first.group_id, first.task, first.episode, 1)
-    assert schedule.finish(retry, LOST) == [sibling]
+    schedule.finish(retry, LOST)
+    assert schedule.obsolete() == [sibling]
+    assert schedule.obsolete() == [], "each is told once"
     replacement = schedule.start()
     assert {a.task.index for a in replacement} == {2}
     schedule.finish(sibling, played(sibling))  # too late: it belongs to no group any more
@@ -116,10 +166,17 @@ def test_a_failed_episode_is_retried_then_its_group_replaced() -> None:
     assert step is not None
     assert [group.task.index for group in step.groups] == [2, 1]
     assert [(drop.task.index, drop.cause) for drop in step.dropped] == [(0, "env_lost: gone")]
-    assert step.failures == {"env_lost": 2}
+    assert step.failures == {"env_lost": 2} and sum(step.failures_by_env.values()) == 2
 
 
-def test_an_environment_that_always_fails_stops_the_run_with_its_name() -> None:
+def test_kinds_have_budgets_of_their_own() -> None:
+    schedule = scheduler(max_retries=3, retries={"context_overflow": 0}, max_concurrent=4)
+    first, *_ = schedule.start()
+    schedule.finish(first, EpisodeFailure(FailureKind.CONTEXT_OVERFLOW, "too long"))
+    assert {a.task.index for a in schedule.start()} == {2}, "not retried: its group was replaced"
+
+
+def test_groups_that_cannot_be_completed_stop_the_run_with_the_last_cause() -> None:
     schedule = scheduler(max_retries=0, max_replaced_groups=3)
     with pytest.raises(RolloutStopped, match=r"4 groups in a row.*environment '[ab]'.*env_lost: gone"):
         while True:
@@ -127,20 +184,108 @@ def test_an_environment_that_always_fails_stops_the_run_with_its_name() -> None:
                 schedule.finish(assignment, LOST)
 
 
-def test_validation_goes_first_and_its_failures_are_not_replaced() -> None:
+def test_one_hopeless_environment_of_a_mixture_stops_the_run() -> None:
+    """Its neighbour's successes do not hide it."""
+    schedule = scheduler(steps=1000, max_replaced_groups=10_000, max_failures_in_a_row=20)
+    version = 0
+    with pytest.raises(RolloutStopped, match=r"environment 'a' failed 21 times in a row.*env_lost: gone"):
+        while True:
+            for assignment in schedule.start():
+                schedule.finish(assignment, LOST if assignment.task.env == "a" else played(assignment))
+            if schedule.collect_step(version):
+                version += 1
+                schedule.set_version(version)
+
+
+def test_extra_episodes_let_the_slowest_go_and_replace_the_lost() -> None:
+    schedule = scheduler(groups_per_step=1, extra_episodes=2, max_concurrent=4, max_retries=0)
+    one, two, three, four = schedule.start()
+    schedule.finish(one, LOST)
+    schedule.finish(four, played(four))
+    assert schedule.collect_step(0) is None
+    schedule.finish(two, played(two))
+    assert schedule.obsolete() == [three]
+    step = schedule.collect_step(0)
+    assert step is not None and [t.episode for t in step.groups[0].trajectories] == [1, 3]
+
+
+def test_over_sampling_takes_the_first_groups_and_drops_the_rest_with_their_cause() -> None:
+    schedule = scheduler(order="completion", over_sampling=1.0, max_concurrent=100)
+    episodes = schedule.start()
+    assert {a.task.index for a in episodes} == {0, 1, 2, 3}
+    for assignment in episodes:
+        if assignment.task.index in (1, 3):
+            schedule.finish(assignment, played(assignment))
+    step = schedule.collect_step(0)
+    assert step is not None and [group.task.index for group in step.groups] == [1, 3]
+    assert {drop.task.index for drop in step.dropped} == {0, 2}
+    assert all(drop.cause.startswith("surplus") for drop in step.dropped)
+    assert {a.task.index for a in schedule.obsolete()} == {0, 2}
+
+
+def test_a_group_past_its_deadline_is_replaced() -> None:
+    clock = Clock()
+    schedule = scheduler(clock, max_concurrent=4, group_deadline_s=5.0)
+    episodes = schedule.start()
+    clock.now = 3.0
+    assert schedule.next_expiry() == 5.0
+    schedule.expire()
+    assert schedule.obsolete() == []
+    for assignment in episodes[:2]:
+        schedule.finish(assignment, played(assignment))
+    clock.now = 5.0
+    schedule.expire()
+    assert schedule.obsolete() == episodes[2:]
+    assert schedule.next_expiry() is None, "its replacement has not started"
+    assert {a.task.index for a in schedule.start()} == {2}
+    assert schedule.next_expiry() == 10.0
+
+
+def test_dynamic_sampling_replaces_what_teaches_nothing_and_stops_when_all_is_like_that() -> None:
+    schedule = scheduler(dynamic_sampling=True, max_uniform_groups=3)
+    with pytest.raises(RolloutStopped, match=r"4 groups in a row had no two different rewards \(all 1 .*temperature"):
+        while True:
+            for assignment in schedule.start():
+                schedule.finish(assignment, played(assignment))
+
+
+def test_validation_shares_the_places_and_its_failures_are_not_replaced() -> None:
     schedule = scheduler(max_retries=0, max_concurrent=2)
     waiting = schedule.start()
     schedule.add_validation(validation_tasks(ENVS, 3))
     for assignment in waiting:
         schedule.finish(assignment, played(assignment))
-    first, second = schedule.start()
-    assert {first.task.split, second.task.split} == {"validation"}
-    schedule.finish(first, LOST)
-    schedule.finish(second, played(second))
-    assert schedule.collect_validation() is None
-    third = next(a for a in schedule.start() if a.task.split == "validation")
-    schedule.finish(third, played(third))
+    splits: list[str] = []
+    failed = 0
+    while schedule.collect_step(0) is None or splits.count("validation") < 3:
+        started = schedule.start()
+        splits += [a.task.split for a in started]
+        for assignment in started:
+            lost = assignment.task.split == "validation" and not failed
+            failed += lost
+            schedule.finish(assignment, LOST if lost else played(assignment))
+        if not started:
+            break
+    assert splits[:2] == ["validation", "train"], "neither starves the other"
     result = schedule.collect_validation()
     assert result is not None
     assert [group.task.index for group in result.groups] == [1, 2]
     assert [drop.task.index for drop in result.dropped] == [0]
+
+
+def test_the_config_offers_exactly_the_schedulers_options() -> None:
+    assert set(SchedulerOptions.__slots__) - {"steps"} <= set(RolloutConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        ({"over_sampling": 0.5}, ["rollout.over_sampling", "order: completion"]),
+        ({"retries": {"env_lots": 2}}, ["rollout.retries", "'env_lots'", "env_lost"]),
+    ],
+)
+def test_what_does_not_fit_is_told(rollout: dict[str, Any], words: list[str]) -> None:
+    base = {"name": "x", "steps": 1, "policy": {"model": "tiny"}, "envs": [{"id": "raygym/NumberGuess-v0"}]}
+    with pytest.raises(ConfigError) as raised:
+        parse_config({**base, "rollout": rollout})
+    assert all(word in str(raised.value) for word in words)
