@@ -261,7 +261,8 @@ class Scheduler:
         limit = self._options.group_deadline_s
         if limit is None:
             return []
-        return [(g, g.started_s + limit) for g in self._train.values() if g.started_s is not None and not g.whole()]
+        open_groups = [group for group in self._train.values() if not group.whole()]
+        return [(group, group.started_s + limit) for group in open_groups if group.started_s is not None]
 
     def _next(self) -> Assignment | None:
         half = max(1, self.max_concurrent // 2)
@@ -307,8 +308,8 @@ class Scheduler:
         if self._uniform_in_a_row > self._options.max_uniform_groups:
             raise RolloutStopped(
                 f"{self._uniform_in_a_row} groups in a row had no two different rewards (all {rewards.pop():g} in the "
-                f"last, of environment {group.task.env!r}): there is nothing to learn from. Use easier or harder tasks, "
-                "a higher temperature, or switch rollout.dynamic_sampling off"
+                f"last, of environment {group.task.env!r}): there is nothing to learn from. Use easier or harder "
+                "tasks, a higher temperature, or switch rollout.dynamic_sampling off"
             )
         self._replace(group, f"no_spread: all {self._options.group_size} rewards were {rewards.pop():g}")
 
