@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
 from raygym.actors.env_process import EnvProcesses
-from raygym.actors.serve_generate import ServeGenerate
+from raygym.actors.turn_exchange import TurnExchange
 from raygym.chat import ChatRenderer
 from raygym.config import EnvConfig
 from raygym.env import EnvError, env_tools, make_env
@@ -73,7 +73,7 @@ class EnvRunner:
         """
         self._limits = limits
         self._run_seed = run_seed
-        self._generate = generate or ServeGenerate(deployment, app)
+        self._generate = generate or TurnExchange(deployment, app)
         self._envs = {config.label: config for config in envs}
         self._running = 0
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)

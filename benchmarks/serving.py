@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from statistics import median
-from typing import Any
 
 import httpx
 import numpy as np
@@ -25,6 +24,8 @@ from harness import report
 from transformers import AutoTokenizer
 
 from raygym.actors import cluster, serving
+from raygym.actors.policy_server import DEPLOYMENT
+from raygym.actors.turn_exchange import TurnExchange
 from raygym.api.call import Call
 from raygym.api.history import KnownHistories
 from raygym.api.sessions import SessionStore
@@ -51,8 +52,8 @@ def main() -> None:
     model_dir = str(resolve_policy(options.model))
     config = serving.with_engine_defaults(PolicyConfig(model=options.model, vllm=_ENGINE), model_dir)
     samples: dict[str, list[float]] = {}
-    with vllm_serve(config, model_dir) as plain_url, raygym_serve(config, model_dir) as (url, handle):
-        asyncio.run(measure(samples, options, repetitions, rounds, plain_url, url, handle))
+    with vllm_serve(config, model_dir) as plain_url, raygym_serve(config, model_dir) as (url, app):
+        asyncio.run(measure(samples, options, repetitions, rounds, plain_url, url, app))
     for path in ("handle", "http"):
         # The worst level, by its median: single repetitions differ by a quarter on a shared machine.
         medians = [median(samples[f"{path}_tokens_over_vllm_{level}"]) for level in options.levels]
@@ -70,14 +71,14 @@ async def measure(
     rounds: int,
     plain_url: str,
     url: str,
-    handle: Any,
+    app: str,
 ) -> None:
     """Add one sample of everything for each repetition, the three paths one after the other at each level."""
     async with http_client(plain_url) as plain, http_client(url) as ours:
         paths: dict[str, Send] = {
             "vllm": over_http(plain, options.model),
             "http": over_http(ours, options.model),
-            "handle": over_handle(handle),
+            "handle": over_handle(app),
         }
         for send in paths.values():
             await load(send, 4, 4)
@@ -134,14 +135,13 @@ def over_http(client: httpx.AsyncClient, model: str) -> Send:
     return send
 
 
-def over_handle(handle: Any) -> Send:
-    """`generate` of the deployment."""
+def over_handle(app: str) -> Send:
+    """The deployment's handle, as EnvRunners use it."""
+    exchange = TurnExchange(DEPLOYMENT, app)
 
     async def send(number: int) -> int:
         sampling = Sampling(temperature=1.0, max_tokens=ANSWER, seed=number)
-        generation: Generation = await handle.generate.remote(
-            np.asarray(prompt(number), np.int32), sampling, f"n{number}"
-        )
+        generation = await exchange(np.asarray(prompt(number), np.int32), sampling, f"n{number}")
         return len(generation.token_ids)
 
     return send
@@ -190,13 +190,13 @@ def wait_healthy(url: str, process: subprocess.Popen[bytes], timeout_s: float = 
 
 
 @contextmanager
-def raygym_serve(config: PolicyConfig, model_dir: str) -> Iterator[tuple[str, Any]]:
-    """A PolicyServer with one replica."""
+def raygym_serve(config: PolicyConfig, model_dir: str) -> Iterator[tuple[str, str]]:
+    """A PolicyServer with one replica: its URL and its Serve application."""
     port = cluster.http_port(config.http)
     cluster.connect()
     try:
-        handle = serving.deploy("benchmark", config, model_dir, port)
-        yield f"http://127.0.0.1:{port}", handle
+        serving.deploy("benchmark", config, model_dir, port)
+        yield f"http://127.0.0.1:{port}", serving.app_name("benchmark")
     finally:
         serving.undeploy("benchmark")
         cluster.disconnect()
