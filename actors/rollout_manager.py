@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledE
 
 from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
 from raygym.config import EnvConfig, RolloutConfig
+from raygym.loop_lag import LoopLag
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
@@ -52,6 +54,7 @@ class RolloutManager:
         self._calls: dict[Assignment, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._stopped: RolloutStopped | None = None
+        self._lag = LoopLag()
 
     async def collect(self, step: int) -> Collected:
         """The whole groups of one step; returns when the last of them is finished.
@@ -59,7 +62,8 @@ class RolloutManager:
         Raises:
             RolloutStopped: an environment or the engine fails always.
         """
-        return await self._wait(lambda: self._scheduler.collect_step(step))
+        collected = await self._wait(lambda: self._scheduler.collect_step(step))
+        return replace(collected, loop_lag_ms=self._lag.take())
 
     async def validate(self, tasks: Sequence[Task]) -> Collected:
         """One episode of each task, with validation's sampling."""
@@ -80,6 +84,7 @@ class RolloutManager:
         return self._supervisor.states() if self._supervisor else [True] * len(self._runners)
 
     async def _wait(self, collected: Callable[[], Collected | None]) -> Collected:
+        self._lag.start()
         self._fill()
         while True:
             if self._stopped is not None:

@@ -72,6 +72,8 @@ class Collected:
     """Failed attempts by kind since the last collection, retried ones included."""
     failures_by_env: dict[str, int] = field(default_factory=dict)
     """The same by environment."""
+    loop_lag_ms: tuple[float, float] = (0.0, 0.0)
+    """Of the RolloutManager meanwhile: median and 99th percentile."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,11 @@ class SimulatedConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     turn_latency_s: float = Field(default=0.0, ge=0)
-    """Time that every generation takes, whatever its length."""
+    """Mean time of a generation, whatever its length."""
+    latency_sigma: float = Field(default=0.0, ge=0, le=4)
+    """0: every generation takes the mean. Above: log-normal with that mean, and this deviation of the logarithm."""
+    hang_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of generations that never end, chosen as the failing ones are."""
     error_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of generations that fail, chosen by the same deterministic hash."""
     max_model_len: int = Field(default=4096, ge=2)
@@ -62,17 +66,19 @@ class SimulatedEngine:
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
         """Deterministic tokens after `turn_latency_s`; ends with the stop token half of the time."""
         await self._running.wait()
-        key = hashlib.blake2b(prompt_token_ids.tobytes() + repr((sampling.seed, self.weight_version)).encode())
-        rng = np.random.default_rng(int.from_bytes(key.digest()[:8], "little"))
-        fails = rng.random() < self._config.error_rate
+        rng = generator(prompt_token_ids, sampling.seed, self.weight_version)
+        latency_s = draw_latency_s(self._config, rng)
+        fails, hangs = rng.random() < self._config.error_rate, rng.random() < self._config.hang_rate
         room = max(1, min(sampling.max_tokens, self._config.max_model_len - len(prompt_token_ids)))
         length = int(rng.integers(1, room + 1))
         token_ids = rng.integers(0, self._config.max_token_id + 1, length).astype(np.int32)
         stopped = length < room or bool(rng.random() < 0.5)
         if stopped:
             token_ids[-1] = self._stop_token_id
-        if self._config.turn_latency_s:
-            await asyncio.sleep(self._config.turn_latency_s)
+        if hangs:
+            await asyncio.Event().wait()
+        if latency_s:
+            await asyncio.sleep(latency_s)
         if fails:
             raise SimulatedFault("simulated engine: injected error (policy.simulated.error_rate)")
         logprobs = -rng.exponential(1.0, length).astype(np.float32)
@@ -108,6 +114,19 @@ class SimulatedEngine:
 
     def shutdown(self) -> None:
         """Nothing to free."""
+
+
+def generator(prompt_token_ids: Int32Array, seed: int | None, weight_version: int) -> np.random.Generator:
+    """What one generation draws from: the same for the same prompt, seed and version."""
+    key = hashlib.blake2b(prompt_token_ids.tobytes() + repr((seed, weight_version)).encode())
+    return np.random.default_rng(int.from_bytes(key.digest()[:8], "little"))
+
+
+def draw_latency_s(config: SimulatedConfig, rng: np.random.Generator) -> float:
+    """How long one generation takes: what its `generator` draws first."""
+    mean_s, sigma = config.turn_latency_s, config.latency_sigma
+    # The mean of a log-normal is exp(mu + sigma^2 / 2).
+    return mean_s * float(np.exp(sigma * rng.standard_normal() - sigma**2 / 2)) if sigma else mean_s
 
 
 def _file_checksum(path: str) -> str:

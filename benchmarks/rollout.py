@@ -1,0 +1,129 @@
+"""Rollouts on the simulated engine: how near to the ideal schedule, what a turn costs, and beside other schedulers.
+
+The ideal is a lower bound: list scheduling of the very durations that the simulated engine drew, on as many places as
+episodes may run at once, everything else taking no time. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from harness import report
+from harness.rollout_stack import Measured, rollout_stack
+
+from raygym.simulate import SimulatedConfig, draw_latency_s, generator
+from raygym.tasks import turn_seed
+from raygym.types import Trajectory
+
+TURNS = 5
+
+
+def main() -> None:
+    """Measure, then report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one repetition of the first measurement only")
+    parser.add_argument("--only", nargs="+", default=[], help="names of measurements")
+    options = parser.parse_args()
+    repetitions = 1 if options.quick else 3
+    wanted = options.only or (["64"] if options.quick else list(MEASUREMENTS))
+    samples: dict[str, list[float]] = {}
+    for name in wanted:
+        for key, values in MEASUREMENTS[name](repetitions).items():
+            samples[key] = values
+    report("rollout", samples, config=f"simulated engine, {TURNS} turns an episode, one replica, one EnvRunner")
+
+
+def efficiency_64(repetitions: int) -> dict[str, list[float]]:
+    """64 episodes at once, 100 ms a turn."""
+    return efficiency("64", {"turn_latency_s": 0.1}, 64, 512, repetitions)
+
+
+def efficiency_1024(repetitions: int) -> dict[str, list[float]]:
+    """1,024 episodes at once, 2 s a turn."""
+    return efficiency("1024", {"turn_latency_s": 2.0}, 1024, 2048, repetitions)
+
+
+def saturation(repetitions: int) -> dict[str, list[float]]:
+    """An engine of no latency: turns a second, and processor time by process."""
+    samples: dict[str, list[float]] = {}
+    rollout = {"groups_per_step": 256, "group_size": 4, "max_concurrent": 256}
+    with rollout_stack({}, rollout, turns=TURNS, steps=repetitions + 1) as stack:
+        stack.collect()
+        for _ in range(repetitions):
+            measured = stack.collect()
+            turns = sum(len(t.turns) for t in trajectories(measured))
+            add(samples, {"saturation_turns_per_s": turns / measured.seconds})
+            add(samples, {"episodes_per_s": len(trajectories(measured)) / measured.seconds})
+            add(samples, {f"cpu_ms_per_turn_{kind}": s / turns * 1000 for kind, s in measured.cpu_s.items()})
+    return samples
+
+
+def efficiency(name: str, simulated: dict[str, Any], places: int, episodes: int, repetitions: int) -> dict[str, Any]:
+    """Ideal seconds over measured ones, and the time of a turn beyond the engine's own."""
+    samples: dict[str, list[float]] = {}
+    rollout = {"groups_per_step": episodes // 4, "group_size": 4, "max_concurrent": places}
+    config = SimulatedConfig(**{"max_model_len": 8192, **simulated})
+    with rollout_stack(simulated, rollout, turns=TURNS, steps=repetitions + 1) as stack:
+        stack.collect()
+        for _ in range(repetitions):
+            measured = stack.collect()
+            played = trajectories(measured)
+            drawn = [latencies_s(config, t) for t in played]
+            overheads = [
+                turn.generate_s - s
+                for t, ss in zip(played, drawn, strict=True)
+                for turn, s in zip(t.turns, ss, strict=True)
+            ]
+            turns = sum(len(t.turns) for t in played)
+            add(
+                samples,
+                {
+                    f"efficiency_{name}": ideal_s([sum(ss) for ss in drawn], places) / measured.seconds,
+                    f"overhead_ms_p50_{name}": float(np.percentile(overheads, 50)) * 1000,
+                    f"overhead_ms_p99_{name}": float(np.percentile(overheads, 99)) * 1000,
+                    **{f"cpu_ms_per_turn_{kind}_{name}": s / turns * 1000 for kind, s in measured.cpu_s.items()},
+                },
+            )
+    return samples
+
+
+MEASUREMENTS = {"64": efficiency_64, "1024": efficiency_1024, "saturation": saturation}
+
+
+def trajectories(measured: Measured) -> list[Trajectory]:
+    """All of one collection."""
+    return [t for group in measured.collected.groups for t in group.trajectories]
+
+
+def latencies_s(config: SimulatedConfig, trajectory: Trajectory) -> list[float]:
+    """What the simulated engine drew for each turn."""
+    drawn = []
+    for number, turn in enumerate(trajectory.turns):
+        seed = turn_seed(0, trajectory.task, trajectory.episode, trajectory.attempt, number)
+        version = int(trajectory.weight_versions[turn.start])
+        drawn.append(draw_latency_s(config, generator(trajectory.token_ids[: turn.start], seed, version)))
+    return drawn
+
+
+def ideal_s(durations: Sequence[float], places: int) -> float:
+    """Makespan of list scheduling, longest first, on `places` machines."""
+    ends = [0.0] * places
+    for duration in sorted(durations, reverse=True):
+        heapq.heappush(ends, heapq.heappop(ends) + duration)
+    return max(ends)
+
+
+def add(samples: dict[str, list[float]], values: dict[str, float]) -> None:
+    """One more sample of each."""
+    for key, value in values.items():
+        samples.setdefault(key, []).append(value)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    main()
