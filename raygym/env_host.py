@@ -57,6 +57,19 @@ def _abandon(future: asyncio.Future[Any]) -> None:
     future.cancel()
 
 
+async def in_own_thread(call: Callable[[], T]) -> T:
+    """Run one blocking call in a thread of its own, which nothing else waits for, not even the program's exit.
+
+    Raises:
+        RuntimeError: the call raised what would end an event loop: SystemExit, KeyboardInterrupt or StopIteration.
+        BaseException: whatever else it raised.
+    """
+    worker = _Worker()
+    future: asyncio.Future[T] = worker.submit(call)
+    worker.stop()
+    return await future
+
+
 class EnvHost:
     """Makes one environment, runs its methods, and closes it. Every failure is an EpisodeFailure with its kind."""
 
