@@ -35,6 +35,8 @@ import numpy as np
 from raygym.env import ChatEnv, EnvError
 from raygym.env_host import DeadlineMissed, in_own_thread, within
 from raygym.tools import Tool, ToolError, as_text
+
+__all__ = ["End", "ToolEnv", "ToolError", "tool"]
 from raygym.types import Message
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,7 +81,7 @@ class ToolEnv(ChatEnv):
     Name, schema and validation of a tool come from its signature, type hints and docstring (Google, NumPy or reST
     style; `Args` become descriptions). What a tool returns is shown as text: strings as they are, everything else as
     JSON. Whatever goes wrong in a call (an unknown tool, wrong arguments, an exception, a missed deadline) is shown as
-    text too, and the episode goes on.
+    text too, and the episode goes on. A tool that wants to complain in its own words raises `ToolError`.
 
     Plain tools and plain hooks run in threads, asynchronous ones on the event loop, so a tool that blocks holds up
     nobody else. A thread cannot be stopped: a plain tool that misses its deadline goes on alone, unheard.

@@ -21,7 +21,10 @@ _SHOWN = 120
 
 
 class ToolError(ValueError):
-    """A call that cannot be made. The text, for the policy, says what was wrong and what was expected."""
+    """A call that cannot be made. The text, for the policy, says what was wrong and what was expected.
+
+    A tool may raise it too: its text is shown as it is, where other exceptions are shown with their type.
+    """
 
 
 class _Untitled(GenerateJsonSchema):
