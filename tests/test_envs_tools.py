@@ -23,6 +23,7 @@ from raygym.envs.code_tasks import agrees
 from raygym.envs.expression import ExpressionError, evaluate, shown
 from raygym.envs.python_code import PythonCode, program_of
 from raygym.envs.warehouse import Warehouse
+from raygym.sandbox.run import run_program
 
 SPLITS = ("train", "validation")
 
@@ -217,11 +218,11 @@ class TestCalculator:
     @pytest.mark.parametrize(
         ("policy", "score", "seeds"),
         [
-            (calculates, 1.0, 100),
-            (calculates_at_random, 0.10, 100),
-            (answers_with_a_number, 0.10, 100),
-            (answers_in_a_sentence, 0.3, 40),
-            (is_silent, 0.0, 40),
+            (calculates, 1.0, 60),
+            (calculates_at_random, 0.103, 60),
+            (answers_with_a_number, 0.1, 60),
+            (answers_in_a_sentence, 0.3, 20),
+            (is_silent, 0.0, 9),
         ],
         ids=["perfect", "random", "number", "sentence", "silent"],
     )
@@ -230,7 +231,7 @@ class TestCalculator:
 
     async def test_answers_are_right(self):
         seen = Counter()
-        for seed in range(150):
+        for seed in range(60):
             player = Player(Calculator(digits=2 + seed % 5), seed)
             right = solve_question(player.info["family"], player.info["numbers"])
             seen[player.info["family"]] += 1
@@ -265,7 +266,7 @@ class TestCalculator:
 
     def test_splits_are_disjoint(self):
         env = Calculator(digits=2)
-        seen = {split: {Player(env, seed, split).prompt for seed in range(500)} for split in SPLITS}
+        seen = {split: {Player(env, seed, split).prompt for seed in range(150)} for split in SPLITS}
         assert not seen["train"] & seen["validation"]
 
     @pytest.mark.parametrize(
@@ -376,7 +377,7 @@ async def returns_a_constant(player: Player, rng: random.Random) -> None:
 class TestPythonCode:
     @pytest.mark.parametrize(
         ("policy", "score", "tolerance", "seeds"),
-        [(programs, 1.0, 0, 24), (returns_its_argument, 0.0, 0.1, 10), (returns_a_constant, 0.1, 0.1, 10)],
+        [(programs, 1.0, 0, 16), (returns_its_argument, 0.05, 0.1, 10), (returns_a_constant, 0.07, 0.1, 10)],
         ids=["perfect", "argument", "constant"],
     )
     async def test_documented_scores(self, policy, score, tolerance, seeds):
@@ -386,9 +387,9 @@ class TestPythonCode:
 
     @pytest.mark.parametrize("family", list(CODE_FAMILIES))
     def test_reference_and_other_solution_agree(self, family):
-        """Without the sandbox: 30 tasks of each family, 30 tests each."""
-        for seed in range(30):
-            player = Player(PythonCode([family], tests=30), seed, SPLITS[seed % 2])
+        """Without the sandbox: 20 tasks of each family, 20 tests each."""
+        for seed in range(20):
+            player = Player(PythonCode([family], tests=20), seed, SPLITS[seed % 2])
             namespace: dict[str, Any] = {}
             exec(program(player), namespace)
             for arguments, expected in player.env._task.tests:
@@ -442,11 +443,17 @@ class TestPythonCode:
         """
         expected = [result for _, result in player.env._task.tests[2:]]
         secret = max(expected, key=abs)
-        from raygym.sandbox.run import run_program
-
         arguments = player.env._task.tests[2][0]
         outcome = await run_program(textwrap.dedent(spy), [("weigh", arguments)], name="answer")
         assert str(arguments[0]) in outcome.results[0]["value"] and str(secret) not in outcome.results[0]["value"]
+
+    @pytest.mark.parametrize("family", list(CODE_FAMILIES))
+    def test_any_number_of_tests(self, family):
+        for tests in (1, 100):
+            player = Player(PythonCode([family], tests=tests), 2)
+            hidden = player.env._task.tests[2:]
+            assert len({repr(arguments) for arguments, _ in hidden}) == tests
+            assert max(Counter(repr(result) for _, result in hidden).values()) <= 1 + tests // 2
 
     def test_splits_are_disjoint_and_both_there(self):
         for family in CODE_FAMILIES:
@@ -489,7 +496,7 @@ class TestPythonCode:
         assert agrees(result, expected) is same
 
     @pytest.mark.parametrize(
-        "kwargs", [{"families": ["x"]}, {"families": []}, {"tests": 0}, {"max_runs": -1}, {"cpu_s": 0}]
+        "kwargs", [{"families": ["x"]}, {"families": []}, {"tests": 0}, {"tests": 101}, {"max_runs": -1}, {"cpu_s": 0}]
     )
     def test_refuses(self, kwargs):
         with pytest.raises(ValueError, match="expected"):
@@ -567,7 +574,12 @@ class TestWarehouse:
     @pytest.mark.parametrize("split", SPLITS)
     @pytest.mark.parametrize(
         ("policy", "score", "tolerance", "seeds"),
-        [(works, 1.0, 0, 60), (forgets_to_move, 0.7, 0.1, 60), (calls_at_random, 0.0, 0.02, 30), (is_silent, 0, 0, 9)],
+        [
+            (works, 1.0, 0, 30),
+            (forgets_to_move, 0.675, 0.12, 40),
+            (calls_at_random, 0.0, 0.01, 15),
+            (is_silent, 0, 0, 9),
+        ],
         ids=["perfect", "lazy", "random", "silent"],
     )
     async def test_documented_scores(self, policy, score, tolerance, seeds, split):
@@ -575,7 +587,7 @@ class TestWarehouse:
 
     @pytest.mark.parametrize("requests", [1, 2, 3, 4])
     async def test_more_requests(self, requests):
-        for seed in range(8):
+        for seed in range(4):
             player = Player(Warehouse(requests, max_turns=30), seed)
             assert len(player.prompt.splitlines()) == requests
             await works(player, random.Random(0))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
+import re
 import threading
 import time
+import types
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -385,6 +388,23 @@ class TestEnd:
     async def test_no_answer_hook(self):
         with pytest.raises(NotImplementedError, match="ToolEnv must implement answer"):
             await ToolEnv().step({"role": "assistant", "content": ""})
+
+
+async def test_the_environment_of_the_readme():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"```python\n# my_shop\.py\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(text.strip().splitlines()) <= 25
+    module = types.ModuleType("my_shop")
+    exec(text, vars(module))
+    env = module.Shop()
+    env.reset(seed=3)
+    assert [schema["function"]["name"] for schema in env.tools] == ["count"]
+    lamps, chairs, none = await results(
+        env, *(call("count", {"item": item}, f"call_{item}") for item in ("lamp", "chair", "sofa"))
+    )
+    assert none == "Error: count raised KeyError: 'sofa'"
+    for text, reward in ((int(lamps) + int(chairs), 1.0), (lamps, 0.0)):
+        assert parse_step(await env.step({"role": "assistant", "content": f" {text}\n"})).reward == reward
 
 
 def test_check_env():

@@ -112,7 +112,7 @@ def _in_base(n: int, base: int) -> str:
 
 def _merged(spans: Sequence[Sequence[int]], gap: int) -> list[list[int]]:
     merged: list[list[int]] = []
-    for start, end in sorted(spans):
+    for start, end in sorted(map(tuple, spans)):
         if merged and start <= merged[-1][1] + gap:
             merged[-1][1] = max(merged[-1][1], end)
         else:

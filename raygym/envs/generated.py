@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
@@ -28,6 +29,19 @@ def in_split(options: dict[str, Any] | None, *task: int | str) -> bool:
         raise ValueError(f"options['split'] is {split!r}; expected 'train' or 'validation'")
     validation = split == "validation"
     return held_out(*task) is validation
+
+
+def chosen(key: str, choices: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """What a constructor was told to draw from.
+
+    Raises:
+        ValueError: nothing, or something unknown, or text instead of a list; the message begins with `key`.
+    """
+    if isinstance(choices, str) or not choices:
+        raise ValueError(f"{key}: {choices!r}; expected a list with some of {', '.join(known)}")
+    if unknown := [choice for choice in choices if choice not in known]:
+        raise ValueError(f"{key}: {unknown[0]!r} is unknown; expected some of {', '.join(known)}")
+    return tuple(choices)
 
 
 def whole_number(text: str) -> int | None:

@@ -86,9 +86,10 @@ class Stock:
 
     def facts(self) -> dict[tuple[str, ...], object]:
         """The state as independent facts, to compare two states by."""
-        stock: dict[tuple[str, ...], object] = {("stock", *key): count for key, count in self.counts.items() if count}
-        orders = {("order", order.order_id): (order.status, order.warehouse) for order in self.orders.values()}
-        return {**stock, **orders}
+        facts: dict[tuple[str, ...], object] = {("stock", *key): count for key, count in self.counts.items() if count}
+        for order in self.orders.values():
+            facts["order", order.order_id] = (order.status, order.warehouse)
+        return facts
 
 
 def score(before: Stock, goal: Stock, after: Stock) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ async def run_program(
     global _namespaces_work
     limits = limits or Limits()
     request = {"source": source, "calls": list(calls), "name": name, "limits": asdict(limits)}
+    request["parent_directory"] = tempfile.gettempdir()
     async with _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_AT_ONCE)):
         if namespaces and _namespaces_work:
             report = await _supervised({**request, "namespaces": True}, limits.wall_s)
@@ -118,14 +120,17 @@ async def run_program(
 async def _supervised(request: dict[str, Any], wall_s: float) -> dict[str, Any]:
     if sys.platform != "linux":
         raise SandboxError(f"programs can be run on Linux only; this is {sys.platform}")
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-S", "-B", "-c", _BOOT),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={},
-        start_new_session=True,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", "-B", "-c", _BOOT),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SandboxError(f"the sandbox could not be started: {error}") from error
     assert process.stdin and process.stdout and process.stderr
     try:
         async with asyncio.timeout(wall_s + _GRACE_S):
