@@ -218,9 +218,9 @@ class TestCalculator:
     @pytest.mark.parametrize(
         ("policy", "score", "seeds"),
         [
-            (calculates, 1.0, 60),
-            (calculates_at_random, 0.103, 60),
-            (answers_with_a_number, 0.1, 60),
+            (calculates, 1.0, 30),
+            (calculates_at_random, 0.103, 40),
+            (answers_with_a_number, 0.1, 30),
             (answers_in_a_sentence, 0.3, 20),
             (is_silent, 0.0, 9),
         ],
@@ -406,7 +406,7 @@ class TestPythonCode:
     @pytest.mark.parametrize(
         ("body", "reward", "cut_off"),
         [
-            ("while True: pass", 0.0, 1.0),
+            pytest.param("while True: pass", 0.0, 1.0, marks=pytest.mark.slow),
             ("import os; os._exit(0)", 0.0, 0.0),
             ("raise SystemExit(0)", 0.0, 0.0),
             ("return type('Any', (str,), {'__eq__': lambda self, other: True})('')", 0.0, 0.0),
@@ -575,8 +575,8 @@ class TestWarehouse:
     @pytest.mark.parametrize(
         ("policy", "score", "tolerance", "seeds"),
         [
-            (works, 1.0, 0, 30),
-            (forgets_to_move, 0.675, 0.12, 40),
+            (works, 1.0, 0, 20),
+            (forgets_to_move, 0.675, 0.15, 30),
             (calls_at_random, 0.0, 0.01, 15),
             (is_silent, 0, 0, 9),
         ],

@@ -33,6 +33,10 @@ _LIKELY_IMPORTS = (
 def main() -> None:
     """Serve the one request on standard input, a line of JSON; the report on standard output is another."""
     os.umask(0o022)
+    # Whatever the one who started us ignores or blocks is inherited; we, and the program, start afresh.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     request = json.loads(sys.stdin.buffer.readline())
     os.set_blocking(0, False)
     directory = tempfile.mkdtemp(prefix="raygym-", dir=request["parent_directory"])
