@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raygym.env import ChatEnv
+    from raygym.tool_env import End, ToolEnv, ToolError, tool
 
-__all__ = ["ChatEnv", "__version__"]
+__all__ = ["ChatEnv", "End", "ToolEnv", "ToolError", "__version__", "tool"]
 __version__ = "0.1.0"
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from raygym.env import ChatEnv
 
         return ChatEnv
+    if name in ("End", "ToolEnv", "ToolError", "tool"):
+        from raygym import tool_env
+
+        return getattr(tool_env, name)
     raise AttributeError(f"module 'raygym' has no attribute {name!r}")

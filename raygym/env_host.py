@@ -73,6 +73,19 @@ class Host(Protocol):
         """Close the environment, if it was made. Does not raise: the episode is over by then."""
 
 
+async def in_own_thread(call: Callable[[], T]) -> T:
+    """Run one blocking call in a thread of its own, which nothing else waits for, not even the program's exit.
+
+    Raises:
+        RuntimeError: the call raised what would end an event loop: SystemExit, KeyboardInterrupt or StopIteration.
+        BaseException: whatever else it raised.
+    """
+    worker = _Worker()
+    future: asyncio.Future[T] = worker.submit(call)
+    worker.stop()
+    return await future
+
+
 class EnvHost:
     """A `Host` in this process."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
@@ -44,6 +45,19 @@ def split_seed(seed: int, options: dict[str, Any] | None) -> int:
     Below 2^32 for the seeds of a run, which are below 2^31. Two seeds can still give the same task where there are few.
     """
     return 2 * seed + is_validation(options)
+
+
+def chosen(key: str, choices: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """What a constructor was told to draw from.
+
+    Raises:
+        ValueError: nothing, or something unknown, or text instead of a list; the message begins with `key`.
+    """
+    if isinstance(choices, str) or not choices:
+        raise ValueError(f"{key}: {choices!r}; expected a list with some of {', '.join(known)}")
+    if unknown := [choice for choice in choices if choice not in known]:
+        raise ValueError(f"{key}: {unknown[0]!r} is unknown; expected some of {', '.join(known)}")
+    return tuple(choices)
 
 
 def whole_number(text: str) -> int | None:
