@@ -135,6 +135,8 @@ class EnvConfig(Section):
             raise ValueError(f"nemo_gym: a section nemo_gym goes with id: nemo_gym, found id {self.id!r}")
         if self.nemo_gym is not None and self.kwargs:
             raise ValueError("kwargs: has no meaning for id nemo_gym; use nemo_gym.overrides")
+        if self.nemo_gym is not None and self.isolation == "actor":
+            raise ValueError("isolation: actor has no meaning for id nemo_gym, whose servers are processes already")
         return self
 
     @property

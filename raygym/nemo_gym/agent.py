@@ -86,7 +86,7 @@ async def run_agent_episode(
     common: dict[str, Any] = {"task": task, "group_id": group_id, "episode": episode, "attempt": attempt}
     try:
         played = await within(_play(play, task, served_version, renderer_for, sampling), limits.episode_timeout_s)
-    except (EpisodeFailure, DeadlineMissed, EnvError) as error:
+    except Exception as error:  # whatever an agent's answer makes fail has a name, and the run goes on
         return _failed(_as_failure(error, limits), sampling, common)
     tokens = played.tokens
     spans, last = tokens.spans, len(tokens.spans) - 1
@@ -191,7 +191,8 @@ def _as_failure(error: Exception, limits: EpisodeLimits) -> EpisodeFailure:
     if isinstance(error, DeadlineMissed):
         detail = f"the agent's run took longer than {limits.episode_timeout_s:.3g} s (rollout.episode_timeout_s)"
         return EpisodeFailure(FailureKind.ENV_TIMEOUT, detail)
-    return EpisodeFailure(FailureKind.ENV_ERROR, str(error))
+    detail = str(error) if isinstance(error, EnvError) else f"{type(error).__name__}: {error}"
+    return EpisodeFailure(FailureKind.ENV_ERROR, detail)
 
 
 def _failed(failure: EpisodeFailure, sampling: Sampling, common: dict[str, Any]) -> Trajectory:

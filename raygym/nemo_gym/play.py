@@ -45,7 +45,6 @@ class Play:
 class Environment:
     """One environment of the run, checked, with the servers that it needs."""
 
-    label: str
     section: NemoGymConfig
     resolved: Resolved
     servers: tuple[Server, ...]
@@ -56,14 +55,13 @@ class Environment:
         return replace(self, play=replace(self.play, endpoints=path))
 
 
-def prepare(label: str, section: NemoGymConfig, policy: Policy, max_turns: int) -> Environment:
+def prepare(section: NemoGymConfig, policy: Policy, max_turns: int) -> Environment:
     """Resolve the config, read the datasets, and find the servers that their rows need. Starts nothing.
 
     Args:
-        label: the environment's name in the run.
         section: `envs[].nemo_gym`.
         policy: where the policy is served.
-        max_turns: `rollout.max_turns`.
+        max_turns: generations that an episode may have.
 
     Raises:
         NemoGymError: what is wrong, and the key.
@@ -76,4 +74,4 @@ def prepare(label: str, section: NemoGymConfig, policy: Policy, max_turns: int) 
     files = {"train": train, "validation": validation}
     targets = {layout.target(row.agent) for split in files.values() for row in load_rows(split)}
     play = Play(layout, files, policy.model, max_turns)
-    return Environment(label, section, resolved, tuple(layout.needed(targets)), play)
+    return Environment(section, resolved, tuple(layout.needed(targets)), play)

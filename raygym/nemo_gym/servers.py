@@ -32,6 +32,8 @@ _STEADY_S = 60.0
 """After this long without trouble, earlier restarts are forgotten."""
 _MOST_RESTARTS = 5
 _LONGEST_BACK_OFF_S = 30.0
+_COUNTING_AGENTS = {"simple_agent", "gymnasium_agent"}
+"""Agents that take `max_steps`; their episodes are then as long as raygym's own may be."""
 _INSTANCE_KINDS = {"resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"}
 
 
@@ -204,7 +206,11 @@ def with_addresses(environment: Environment, ports: dict[str, int], folder: Path
     for name, entry in copy.deepcopy(environment.resolved.config).items():
         if name in needed:
             server = needed[name]
-            entry[server.kind][server.implementation] |= {"host": HOST, "port": ports[name]}
+            settings = entry[server.kind][server.implementation]
+            settings |= {"host": HOST, "port": ports[name]}
+            if server.implementation in _COUNTING_AGENTS:
+                turns = environment.play.max_turns
+                settings["max_steps"] = min(turns, settings.get("max_steps") or turns)
         elif isinstance(entry, dict) and _INSTANCE_KINDS & set(entry):
             continue
         config[name] = entry
