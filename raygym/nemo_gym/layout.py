@@ -65,6 +65,21 @@ class Layout:
             raise NemoGymError(f"dataset: a row wants the agent {agent!r}; the config's agents: {known}")
         return found.name if self.mode == "agent" else self._resources_of(found)
 
+    def serves(self, name: str) -> bool:
+        """Whether rows of this agent or resources server are played, now that one server was chosen or is the only."""
+        server = self.servers[name]
+        if not self.default or name == self.default:
+            return True
+        try:
+            return server.kind == AGENTS and self.target(name) == self.default
+        except NemoGymError:
+            return False
+
+    def agent_of(self, resources: str) -> str:
+        """The agent that uses a resources server; empty where there is not exactly one."""
+        agents = [s.name for s in self.servers.values() if s.kind == AGENTS and resources in s.references]
+        return agents[0] if len(agents) == 1 else ""
+
     def max_steps(self, target: str, agent: str) -> int | None:
         """Model calls that the agent of a row may make; None where the config sets no bound."""
         users = [s for s in self.servers.values() if s.kind == AGENTS and s.name in (agent or s.name, target)]

@@ -115,7 +115,13 @@ def arguments_text(arguments: Any) -> str:
 
 def call_output_item(call_id: str, output: str) -> dict[str, Any]:
     """A tool's output as an item."""
-    return {"type": "function_call_output", "call_id": call_id, "output": output}
+    return {
+        "id": _new_id("fco"),
+        "type": "function_call_output",
+        "call_id": call_id,
+        "output": output,
+        "status": "completed",
+    }
 
 
 def response_object(params: Mapping[str, Any], items: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:

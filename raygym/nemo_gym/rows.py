@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,17 +49,16 @@ def sources(resolved: Resolved, layout: Layout, dataset: str, key: str = "datase
     """
     if dataset.endswith(".jsonl"):
         return (Source(_existing(resolved, dataset, f"{key}: {dataset}")),)
-    found, known = [], set[str]()
+    found: list[Source] = []
+    known: set[str] = set()
     for server in layout.servers.values():
         for entry in server.settings.get("datasets") or ():
             known |= {str(entry.get("name")), str(entry.get("type"))}
-            if dataset in (entry.get("name"), entry.get("type")):
+            if dataset in (entry.get("name"), entry.get("type")) and layout.serves(server.name):
                 path = _existing(resolved, entry["jsonl_fpath"], f"{key}: {dataset!r} of {server.name}", entry)
-                found.append(Source(path, server.name if server.kind == AGENTS else ""))
-    if not found and dataset == "example":
-        shipped = [s.folder(resolved.root) / "data" / "example.jsonl" for s in layout.servers.values()
-                   if s.kind == RESOURCES]  # fmt: skip
-        found = [Source(str(path)) for path in shipped if path.is_file()]
+                found.append(Source(path, server.name if server.kind == AGENTS else layout.agent_of(server.name)))
+    if dataset == "example":
+        found += _shipped(resolved, layout, {layout.target(source.agent) for source in found if source.agent})
     if not found:
         raise NemoGymError(
             f"{key}: {dataset!r} is none of the config's datasets ({', '.join(sorted(known)) or 'it lists none'}); "
@@ -116,6 +115,18 @@ def _read(file: Source) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise NemoGymError(f"dataset: {file.path} cannot be read ({error}); expected a JSONL file") from error
     return rows
+
+
+def _shipped(resolved: Resolved, layout: Layout, covered: Collection[str]) -> list[Source]:
+    """The example rows beside the code of resources servers whose agents list none."""
+    found = []
+    for server in layout.servers.values():
+        path = server.folder(resolved.root) / "data" / "example.jsonl"
+        agent = layout.agent_of(server.name)
+        target = layout.target(agent) if agent else server.name
+        if server.kind == RESOURCES and target not in covered and layout.serves(target) and path.is_file():
+            found.append(Source(str(path), agent))
+    return found
 
 
 def _existing(resolved: Resolved, path: str, what: str, entry: Mapping[str, Any] | None = None) -> str:

@@ -88,29 +88,26 @@ class ServerSet:
     def _supervise(self) -> None:
         restarts = 0
         while not self._stopping.is_set():
-            started = time.monotonic()
+            up_at = None
             try:
                 write_endpoints(self._published, self._start_all())
+                up_at = time.monotonic()
                 self._ready.set()
                 problem = self._watch()
-            except NemoGymError as error:
-                problem = str(error)
-                if not self._ready.is_set():
-                    restarts = _MOST_RESTARTS  # what does not start at all is told at once
-            except OSError as error:
-                problem = f"{type(error).__name__}: {error}"
+            except Exception as error:  # nobody else hears of it: whatever it is, episodes and driver are told
+                problem = str(error) if isinstance(error, NemoGymError) else f"{type(error).__name__}: {error}"
             write_endpoints(self._published, {})
             self._end_all()
             if self._stopping.is_set():
-                break
-            restarts = 1 if time.monotonic() - started > _STEADY_S else restarts + 1
-            if restarts > _MOST_RESTARTS:
+                return
+            restarts = 1 if up_at is not None and time.monotonic() - up_at > _STEADY_S else restarts + 1
+            # What does not start at all is told at once.
+            if restarts > _MOST_RESTARTS or not self._ready.is_set():
                 self._problem = problem
                 write_endpoints(self._published, {}, problem)
                 self._ready.set()
                 return
             self._stopping.wait(min(_LONGEST_BACK_OFF_S, self._back_off_s * 2 ** (restarts - 1)))
-        self._end_all()
 
     def _start_all(self) -> dict[str, Endpoint]:
         servers = self._environment.servers
