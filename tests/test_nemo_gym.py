@@ -21,7 +21,7 @@ from raygym.episode import EpisodeLimits
 from raygym.nemo_gym.agent import run_agent_episode, with_sampling
 from raygym.nemo_gym.config import NemoGymError
 from raygym.nemo_gym.endpoints import Endpoint, find_endpoint, write_endpoints
-from raygym.nemo_gym.interpreter import clean_environment, find_interpreter
+from raygym.nemo_gym.interpreter import VERSION, clean_environment, find_interpreter
 from raygym.nemo_gym.layout import read_layout
 from raygym.nemo_gym.play import Play
 from raygym.nemo_gym.resolve import Resolved, nested
@@ -37,6 +37,7 @@ from raygym.nemo_gym.responses import (
 from raygym.nemo_gym.rows import Row, Source, load_rows, sources
 from raygym.nemo_gym.trained_tokens import read_tokens
 from raygym.nemo_gym.verdict import read_verdict
+from raygym.preflight import check_inputs
 from raygym.types import EpisodeFailure, FailureKind, Message, Sampling, Task, Trajectory
 
 LIMITS = EpisodeLimits(8, 16, 1000, 5.0, 5.0, 5.0)
@@ -121,6 +122,18 @@ def test_a_python_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.
         find_interpreter("")
     with pytest.raises(NemoGymError, match=r"interpreter: .*no executable"):
         find_interpreter(str(tmp_path / "python"))
+
+
+def test_the_check_before_a_run_names_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYGYM_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"envs\.0\.nemo_gym\.interpreter: .*make nemo-gym"):
+        check_inputs(config(nemo_gym=SECTION))
+    python = tmp_path / "nemo-gym" / VERSION / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 'it is broken' >&2; exit 3")
+    python.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"envs\.0\.nemo_gym\.interpreter: .*cannot resolve .*it is broken"):
+        check_inputs(config(nemo_gym=SECTION))
 
 
 def test_servers_do_not_see_this_process_s_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,6 +499,20 @@ async def test_a_server_that_goes_away_is_a_lost_environment(tmp_path: Path) -> 
         await env.step(call("add", {"n": 1}))
     assert caught.value.kind is FailureKind.ENV_LOST
     await env.close()
+
+
+@pytest.mark.parametrize("mode", ["resources", "agent"])
+async def test_errors_of_a_server_that_is_being_ended_are_a_lost_environment(tmp_path: Path, mode: str) -> None:
+    def ended(_: Any) -> Any:
+        write_endpoints(tmp_path / "servers.json", {})
+        return 500, "Request was cancelled"
+
+    async with playing(FakeGym(verdict=ended, run=ended), tmp_path, mode=mode) as play:
+        if mode == "agent":
+            assert (await run(play)).failure is FailureKind.ENV_LOST
+        else:
+            with pytest.raises(EpisodeFailure, match="env_lost"):
+                await play_actions(play, [say("3")])
 
 
 async def test_episodes_wait_for_servers_that_start(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
-from raygym.nemo_gym.endpoints import wait_withdrawn
+from raygym.nemo_gym.endpoints import is_withdrawn, wait_withdrawn
 from raygym.types import EpisodeFailure, FailureKind
 
 # The servers close an idle connection after 30 s. Below that, no call is sent into one that is being closed.
@@ -69,12 +69,16 @@ class GymClient:
         """The JSON object that `POST /<path>` answers with.
 
         Raises:
-            EpisodeFailure: `env_lost` as in `post`; `env_error` when the answer is no JSON object.
+            EpisodeFailure: `env_lost` as in `post`, or when the server is being ended; `env_error` when the answer is
+                no JSON object.
             ServerRefused: the status is no success.
         """
         status, text = await self.post(path, body)
         call = f"POST /{path} of {self._name}"
         if not 200 <= status < 300:
+            # Servers that are being ended together answer their open calls with errors.
+            if is_withdrawn(self._published, self._name, self._url):
+                raise EpisodeFailure(FailureKind.ENV_LOST, f"{self._name} ({self._url}) was ended: {excerpt(text)}")
             raise ServerRefused(call, status, text)
         try:
             answer = json.loads(text)

@@ -71,10 +71,15 @@ async def wait_withdrawn(path: Path, server: str, url: str) -> None:
     Whoever tries again then waits for the new one, instead of using up its attempts on the old address.
     """
     for _ in range(int(_WITHDRAWN_S / _POLL_S)):
-        try:
-            endpoint = read_endpoints(path).get(server)
-        except EpisodeFailure:
-            return
-        if endpoint is None or endpoint.url != url:
+        if is_withdrawn(path, server, url):
             return
         await asyncio.sleep(_POLL_S)
+
+
+def is_withdrawn(path: Path, server: str, url: str) -> bool:
+    """Whether `url` is no longer published as the address of `server`."""
+    try:
+        endpoint = read_endpoints(path).get(server)
+    except EpisodeFailure:
+        return True
+    return endpoint is None or endpoint.url != url
