@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
 from raygym.actors.env_process import EnvProcesses
+from raygym.actors.served_version import ServedVersion
 from raygym.actors.turn_exchange import TurnExchange
 from raygym.chat import ChatRenderer
 from raygym.config import EnvConfig
@@ -26,6 +27,7 @@ from raygym.env import EnvError, env_tools, make_env
 from raygym.env_host import EnvHost, Host
 from raygym.episode import EpisodeLimits, Generate, run_episode
 from raygym.memory_limit import limit_memory, machine_memory_mib
+from raygym.nemo_gym.agent import run_agent_episode
 from raygym.tool_calls import ToolCalls
 from raygym.tool_parsers import tool_parser
 from raygym.types import Sampling, Task, Trajectory
@@ -74,6 +76,7 @@ class EnvRunner:
         self._limits = limits
         self._run_seed = run_seed
         self._generate = generate or TurnExchange(deployment, app)
+        self._served_version = ServedVersion(deployment, app)
         self._envs = {config.label: config for config in envs}
         self._running = 0
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
@@ -100,6 +103,18 @@ class EnvRunner:
             )
         self._running += 1
         try:
+            if config.nemo_gym is not None and config.nemo_gym.mode == "agent":
+                return await run_agent_episode(
+                    config.kwargs["play"],
+                    task,
+                    group_id=group_id,
+                    episode=episode,
+                    attempt=attempt,
+                    served_version=self._served_version,
+                    renderer_for=self._renderer,
+                    limits=self._limits.for_env(config),
+                    sampling=sampling,
+                )
             async with self._host(config) as host:
                 return await run_episode(
                     host,

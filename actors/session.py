@@ -9,6 +9,7 @@ from typing import Any
 
 from raygym.actors import cluster, serving
 from raygym.actors.learner_group import LearnerGroup
+from raygym.actors.nemo_gym import NemoGym
 from raygym.actors.rollouts import Rollouts
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import RunConfig
@@ -36,6 +37,7 @@ class Session:
         self.port = port
         self._deployed = False
         self._learners: LearnerGroup | None = None
+        self._nemo_gym: NemoGym | None = None
         self._rollouts: Rollouts | None = None
         self._weights: WeightSync | None = None
 
@@ -85,8 +87,11 @@ class Session:
         if self._learning:
             self._learners = LearnerGroup.launch(config.learner, self._model_dir, config.rollout.temperature)
         if self._rolling_out:
-            self._rollouts = Rollouts(config, self._model_dir, serving.context_length(config.policy, self._model_dir))
+            self._nemo_gym = NemoGym(config, self.url, config.run_dir / "nemo_gym" if self._learning else None)
+            max_model_len = serving.context_length(config.policy, self._model_dir)
+            self._rollouts = Rollouts(self._nemo_gym.config, self._model_dir, max_model_len)
             self._rollouts.wait_ready(config.policy.startup_timeout_s)
+            self._nemo_gym.wait_ready()
         engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
         if self._learning:
             self.learners.wait_ready()
@@ -96,6 +101,8 @@ class Session:
     def _stop(self) -> None:
         if self._rollouts is not None:
             self._rollouts.shutdown()
+        if self._nemo_gym is not None:
+            self._nemo_gym.shutdown()
         if self._learners is not None:
             self._learners.shutdown()
         if self._deployed:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from raygym.nemo_gym.config import ENV_ID as NEMO_GYM
+from raygym.nemo_gym.config import NemoGymConfig
 from raygym.types import FailureKind
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -103,10 +105,12 @@ class EnvConfig(Section):
     """One environment of the mixture."""
 
     id: str
-    """A registered Gymnasium id (`raygym/NumberGuess-v0`) or `module:Class`."""
+    """A registered Gymnasium id (`raygym/NumberGuess-v0`), `module:Class`, or `nemo_gym`."""
     name: str = ""
     """How metrics and tasks call it; the id when empty."""
     kwargs: dict[str, Any] = {}
+    nemo_gym: NemoGymConfig | None = None
+    """Servers of NeMo Gym as an environment; goes with the id `nemo_gym`."""
     weight: PositiveFloat = 1.0
     max_turns: PositiveInt | None = None
     """In place of `rollout.max_turns`, as are the next two of theirs."""
@@ -123,6 +127,16 @@ class EnvConfig(Section):
     def _isolated(self) -> EnvConfig:
         if self.isolation == "shared" and (self.memory_mib or self.processes):
             raise ValueError("memory_mib and processes need isolation: actor; a shared process cannot tell them apart")
+        return self
+
+    @model_validator(mode="after")
+    def _nemo_gym_id(self) -> EnvConfig:
+        if (self.id == NEMO_GYM) != (self.nemo_gym is not None):
+            raise ValueError(f"nemo_gym: a section nemo_gym goes with id: nemo_gym, found id {self.id!r}")
+        if self.nemo_gym is not None and self.kwargs:
+            raise ValueError("kwargs: has no meaning for id nemo_gym; use nemo_gym.overrides")
+        if self.nemo_gym is not None and self.isolation == "actor":
+            raise ValueError("isolation: actor has no meaning for id nemo_gym, whose servers are processes already")
         return self
 
     @property
@@ -412,6 +426,7 @@ def _suggestion(loc: tuple[Any, ...]) -> str:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        model = EnvConfig if part == "envs" else annotation
+        # A list of sections, or a section that may be left out.
+        model = next((a for a in get_args(annotation) if hasattr(a, "model_fields")), annotation)
     known = ", ".join(model.model_fields)
     return f"; expected one of: {known}"

@@ -10,6 +10,9 @@ from raygym.config import ConfigError, RunConfig
 from raygym.engine_options import check_engine_options
 from raygym.env import EnvError, make_env
 from raygym.models import ModelError, resolve_policy
+from raygym.nemo_gym.config import NemoGymConfig, NemoGymError
+from raygym.nemo_gym.play import prepare
+from raygym.nemo_gym.resolve import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +34,27 @@ def check_inputs(config: RunConfig) -> Prepared:
     check_engine_options(config.policy)
     for index, env in enumerate(config.envs):
         try:
-            make_env(env.id, env.kwargs)
+            if env.nemo_gym is not None:
+                _check_nemo_gym(env.nemo_gym, config)
+            else:
+                make_env(env.id, env.kwargs)
+        except NemoGymError as error:
+            raise ConfigError(f"envs.{index}.nemo_gym.{error}") from error
         except EnvError as error:
             raise ConfigError(f"envs.{index}: {error}") from error
     try:
         return Prepared(str(resolve_policy(config.policy.model)))
     except ModelError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_nemo_gym(section: NemoGymConfig, config: RunConfig) -> None:
+    """Resolve its config and read its datasets, with an address of the policy's that nobody listens on."""
+    prepare(section, Policy("http://127.0.0.1:0/v1", config.policy.model), config.rollout.max_turns)
+    differs = config.validation.tasks and config.validation.temperature != config.rollout.temperature
+    if section.mode == "agent" and config.policy.strict_sampling and differs:
+        raise NemoGymError(
+            "mode: with policy.strict_sampling, an agent's calls must have rollout.temperature "
+            f"{config.rollout.temperature}, also when it validates; set validation.temperature to it, or "
+            "validation.tasks to 0"
+        )

@@ -41,6 +41,11 @@ class FailureKind(StrEnum):
     CONTEXT_OVERFLOW = "context_overflow"
     CANCELLED = "cancelled"
     INVALID_LOGPROBS = "invalid_logprobs"
+    MASKED = "masked"
+    """The environment says that its reward is no measurement: not in the loss, not in the baseline."""
+    FORKED = "forked"
+    """An agent rewrote its history, so the tokens are no longer one sequence."""
+    MISSING_TOKEN_IDS = "missing_token_ids"
 
 
 class EpisodeFailure(Exception):
