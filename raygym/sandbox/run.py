@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Limits:
     file_mib: int = 1
     """Each file; with namespaces also all files together."""
     processes: bool = False
-    """Whether it may start processes and threads: up to 64, where the kernel counts them."""
+    """Whether it may start processes and threads: up to 64, which the kernel counts for all programs of a user."""
 
     def __post_init__(self) -> None:
         for name in ("wall_s", "cpu_s", "memory_mib", "output_kib", "file_mib"):
@@ -143,6 +144,8 @@ async def _supervised(request: dict[str, Any], wall_s: float) -> dict[str, Any]:
     finally:
         # Without standard input the supervisor kills the program and cleans up, whatever happens here.
         process.stdin.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _GRACE_S)
     try:
         report: dict[str, Any] = json.loads(said)
     except ValueError as error:
