@@ -131,7 +131,8 @@ class Scheduler:
         self._validation: dict[str, _OpenGroup] = {}
         self._waiting: deque[Assignment] = deque()
         self._waiting_validation: deque[Assignment] = deque()
-        self._running: set[Assignment] = set()
+        # In the order of their start.
+        self._running: dict[Assignment, None] = {}
         self._running_validation = 0
         # In order, each once.
         self._obsolete: dict[Assignment, None] = {}
@@ -171,7 +172,7 @@ class Scheduler:
         self._admit()
         started = []
         while len(self._running) < self.max_concurrent and (assignment := self._next()) is not None:
-            self._running.add(assignment)
+            self._running[assignment] = None
             group = self._open_group(assignment.group_id)
             assert group is not None
             if group.started_s is None:
@@ -186,7 +187,7 @@ class Scheduler:
             RolloutStopped: its environment is hopeless, or this was one replaced group too many.
         """
         if assignment in self._running:
-            self._running.remove(assignment)
+            del self._running[assignment]
             self._running_validation -= assignment.task.split == "validation"
         group = self._open_group(assignment.group_id)
         if group is None or group.whole():

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import loaded
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from raygym.api.front import ApiFront, FrontOptions
 from raygym.api.sampling import SamplingProfile
 from raygym.api.sessions import SessionStore
 from raygym.api.simulated import SimulatedApi
-from raygym.models import resolve_policy
 from raygym.types import Generation, Int32Array, Sampling
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent / "templates").glob("*.jinja"))
@@ -46,7 +45,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
-    return AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct"))
+    return loaded.tokenizer("smollm2-135m-instruct")
 
 
 class Server:
@@ -175,7 +174,7 @@ class TestCarriedIds:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 async def test_every_template_keeps_tokens_through_tools_and_text(name: str, smollm2: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct"))
+    tokenizer = loaded.tokenizer("smollm2-135m-instruct")
     tokenizer.chat_template = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
     server = Server(tokenizer, " <think>hm</think> call", "  twelve ")
     messages: list[dict[str, Any]] = [{"role": "user", "content": " Look first. "}]

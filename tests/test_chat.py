@@ -10,14 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import loaded
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from raygym.chat import ChatRenderer, TemplateError
-from raygym.models import resolve_policy
 from raygym.types import Int32Array, Message
 
 END = 2
@@ -39,7 +38,7 @@ STRIPS_REASONING = (
 
 @pytest.fixture(scope="module", params=["tiny", "smollm2-135m-instruct"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
-    return AutoTokenizer.from_pretrained(resolve_policy(request.param))
+    return loaded.tokenizer(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def renderer(tokenizer: Any) -> ChatRenderer:
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
-    return AutoTokenizer.from_pretrained(resolve_policy("tiny"))
+    return loaded.tokenizer("tiny")
 
 
 def with_template(tokenizer: Any, template: str) -> Any:
@@ -92,7 +91,7 @@ class TestContractCases:
         assert renderer.drifted([USER, {"role": "assistant", "content": "number"}], history) == merges
 
     def test_the_merge_case_does_merge_with_smollm2(self):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct"))
+        tokenizer = loaded.tokenizer("smollm2-135m-instruct")
         assert len(ids(tokenizer, "number")) < len(ids(tokenizer, "num")) + len(ids(tokenizer, "ber"))
 
     def test_generation_cut_before_the_end_token(self, tokenizer, renderer):
@@ -139,7 +138,7 @@ def test_default_system_message_only_at_the_beginning(tokenizer, renderer):
 
 
 def test_number_guess_prompt_is_short():
-    renderer = ChatRenderer(AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct")))
+    renderer = ChatRenderer(loaded.tokenizer("smollm2-135m-instruct"))
     assert len(renderer.render_initial([{"role": "system", "content": "Reply with one number only."}, USER])) <= 40
 
 
@@ -265,4 +264,4 @@ def test_any_conversation_on_any_template_extends_what_was_seen(path: Path, data
 
 @cache
 def smollm2_with(path: Path) -> Any:
-    return with_template(AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct")), path.read_text())
+    return with_template(loaded.tokenizer("smollm2-135m-instruct"), path.read_text())

@@ -9,17 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import loaded
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from raygym.chat import ChatRenderer
 from raygym.env import ChatEnv
 from raygym.env_host import EnvHost
 from raygym.episode import EpisodeLimits, Generate, run_episode
-from raygym.models import resolve_policy
 from raygym.types import (
     EpisodeFailure,
     EpisodeStatus,
@@ -38,7 +37,7 @@ TASK = Task(4, "talk", seed=9, split="validation")
 
 @pytest.fixture(scope="module")
 def renderer() -> ChatRenderer:
-    return ChatRenderer(AutoTokenizer.from_pretrained(resolve_policy("tiny")))
+    return ChatRenderer(loaded.tokenizer("tiny"))
 
 
 class Talk(ChatEnv):
@@ -348,7 +347,7 @@ class TestEnvTrouble:
 
 @pytest.fixture
 def tiny_without_tools() -> ChatRenderer:
-    tokenizer = AutoTokenizer.from_pretrained(resolve_policy("tiny"))
+    tokenizer = loaded.tokenizer("tiny")
     refuses = "{%- if messages[-1].role == 'tool' %}{{- raise_exception('no tools') }}{%- endif %}"
     tokenizer.chat_template = refuses + tokenizer.chat_template
     return ChatRenderer(tokenizer)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tiers import only_long
 
 from raygym.nemo_gym.config import NemoGymConfig, NemoGymError
 from raygym.nemo_gym.endpoints import read_endpoints
@@ -160,6 +161,7 @@ def test_a_server_that_does_not_answer_is_named(start: Callable[..., Running]) -
         read_endpoints(running.published)
 
 
+@only_long
 @pytest.mark.slow
 def test_one_that_keeps_dying_is_given_up(start: Callable[..., Running]) -> None:
     running = start(a={})
@@ -178,6 +180,7 @@ def test_one_that_keeps_dying_is_given_up(start: Callable[..., Running]) -> None
     wait_for(given_up)
 
 
+@only_long
 @pytest.mark.slow
 def test_nothing_outlives_whoever_started_it(tmp_path: Path) -> None:
     code = (

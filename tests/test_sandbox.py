@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tiers import LONG
+from tiers import LONG, only_long
 
 from raygym.sandbox import run
 from raygym.sandbox.run import Limits, Outcome, SandboxError, run_program
@@ -33,7 +33,12 @@ def namespaces_work() -> bool:
 
 needs_namespaces = pytest.mark.skipif(not namespaces_work(), reason="the kernel permits no namespaces here")
 both = pytest.mark.parametrize(
-    "namespaces", [pytest.param(True, marks=needs_namespaces, id="namespaces"), pytest.param(False, id="without")]
+    "namespaces",
+    [
+        pytest.param(True, marks=needs_namespaces, id="namespaces"),
+        # In `make test` only where namespaces do not work.
+        pytest.param(False, marks=[only_long] * namespaces_work(), id="without"),
+    ],
 )
 
 

@@ -63,7 +63,7 @@ def played(assignment: Assignment, reward: float = 1.0) -> Trajectory:
 LOST = EpisodeFailure(FailureKind.ENV_LOST, "gone")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     failure_rate=st.floats(0, 0.4),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import loaded
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from raygym.chat import ChatRenderer
-from raygym.models import resolve_policy
 from raygym.tool_calls import ToolCallError, ToolCalls
 
 TOOLS: list[dict[str, Any]] = [
@@ -125,7 +124,7 @@ def test_a_cut_call_is_content_or_whole(parser: str, write: Any) -> None:
         )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(WRITERS)), st.text(alphabet='<>{}[]"\\:,tool_calfn/|;=\n', max_size=60))
 def test_anything_may_be_written(parser: str, text: str) -> None:
     message = ToolCalls(parser, TOOLS).message(text, "c0000000")
@@ -160,7 +159,7 @@ class TestWithAChatTemplate:
     @pytest.fixture(scope="class")
     @classmethod
     def renderer(cls) -> ChatRenderer:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_policy("tiny"))
+        tokenizer = loaded.tokenizer("tiny")
         return ChatRenderer(tokenizer, TOOLS, calls=ToolCalls("hermes", TOOLS))
 
     def test_a_template_without_a_place_for_tools_tells_them_in_the_system_message(
@@ -175,7 +174,7 @@ class TestWithAChatTemplate:
 
     def test_the_stop_token_is_no_part_of_the_message(self, renderer: ChatRenderer) -> None:
         text = hermes([{"text": "a"}])
-        tokenizer = AutoTokenizer.from_pretrained(resolve_policy("tiny"))
+        tokenizer = loaded.tokenizer("tiny")
         ids = tokenizer.encode(text, add_special_tokens=False)
         for ending in ([], [renderer.end_of_turn_id]):
             message = renderer.assistant_message(np.asarray([*ids, *ending], np.int32), "c0000000")
@@ -192,7 +191,7 @@ def test_as_vllm_reads_it(parser: str) -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct"))
+    tokenizer = loaded.tokenizer("smollm2-135m-instruct")
     if parser == "llama3_json":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|python_tag|>"]})
     if parser == "qwen3_coder":
