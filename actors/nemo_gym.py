@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygym.config import ConfigError, EnvConfig, RunConfig
 from raygym.nemo_gym.config import NemoGymError
@@ -80,8 +81,17 @@ class NemoGym:
             actor: Any = ray.remote(NemoGymServers)
             logs = str((log_folder or Path(self._folder.name)).absolute())
             # Restarted by Ray it starts the servers anew and publishes them in the same place.
-            options = actor.options(num_cpus=0, max_restarts=-1, max_concurrency=4)
+            options = actor.options(num_cpus=0, max_restarts=-1, max_concurrency=4, **self.placement)
             self._actor = options.remote(self._environments, logs)
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """Options for actors that must reach the servers, which listen on the driver's machine alone."""
+        if not self._environments:
+            return {}
+        return {
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        }
 
     def wait_ready(self) -> None:
         """Block until all servers answer.

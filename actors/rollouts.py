@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -25,7 +25,17 @@ _ANSWER_TIMEOUT_S = 60.0
 class Rollouts:
     """Owns the EnvRunners and the RolloutManager of one run."""
 
-    def __init__(self, config: RunConfig, model_dir: str, max_model_len: int) -> None:
+    def __init__(
+        self, config: RunConfig, model_dir: str, max_model_len: int, placement: Mapping[str, Any] | None = None
+    ) -> None:
+        """Start them; returns before they are up.
+
+        Args:
+            config: the run's.
+            model_dir: the policy's files.
+            max_model_len: tokens that fit into the engine's context.
+            placement: Ray's options for the EnvRunners, such as the node that their environments are on.
+        """
         rollout = config.rollout
         limits = EpisodeLimits(
             max_turns=rollout.max_turns,
@@ -46,6 +56,7 @@ class Rollouts:
                 parser=config.policy.tool_parser,
                 memory_mib=rollout.env_runner_memory_mib,
                 max_concurrent=rollout.max_concurrent,
+                **(placement or {}),
             )
             for _ in range(rollout.env_runners)
         ]

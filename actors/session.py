@@ -89,7 +89,8 @@ class Session:
         if self._rolling_out:
             self._nemo_gym = NemoGym(config, self.url, config.run_dir / "nemo_gym" if self._learning else None)
             max_model_len = serving.context_length(config.policy, self._model_dir)
-            self._rollouts = Rollouts(self._nemo_gym.config, self._model_dir, max_model_len)
+            placement = self._nemo_gym.placement
+            self._rollouts = Rollouts(self._nemo_gym.config, self._model_dir, max_model_len, placement)
             self._rollouts.wait_ready(config.policy.startup_timeout_s)
             self._nemo_gym.wait_ready()
         engines = _wait_deployed(deploying, config.policy.startup_timeout_s)

@@ -89,18 +89,6 @@ async def run_agent_episode(
     except Exception as error:  # whatever an agent's answer makes fail has a name, and the run goes on
         return _failed(_as_failure(error, limits), sampling, common)
     tokens = played.tokens
-    spans, last = tokens.spans, len(tokens.spans) - 1
-    turns = tuple(
-        Turn(
-            start,
-            end,
-            played.verdict.reward if index == last else 0.0,
-            "length" if index == last and played.cut else "stop",
-            0.0,
-            played.seconds if index == last else 0.0,
-        )
-        for index, (start, end) in enumerate(spans)
-    )
     return Trajectory(
         **common,
         status=played.status,
@@ -108,13 +96,24 @@ async def run_agent_episode(
         loss_mask=tokens.loss_mask,
         logprobs=tokens.logprobs,
         weight_versions=np.where(tokens.loss_mask, played.version, -1).astype(np.int32),
-        turns=turns,
+        turns=_turns(played, sampling.max_tokens),
         reward=played.verdict.reward,
         messages=played.messages,
         sampling=sampling,
         drifted=played.drifted,
         metrics=played.verdict.metrics,
     )
+
+
+def _turns(played: _Played, max_tokens: int) -> tuple[Turn, ...]:
+    turns = []
+    for start, end in played.tokens.spans:
+        last = end == len(played.tokens.token_ids)
+        # Of the turns before the last, the agent does not tell how they ended.
+        cut = played.cut if last else end - start >= max_tokens
+        reward, seconds = (played.verdict.reward, played.seconds) if last else (0.0, 0.0)
+        turns.append(Turn(start, end, reward, "length" if cut else "stop", 0.0, seconds))
+    return tuple(turns)
 
 
 async def _play(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +26,9 @@ from raygym.nemo_gym.layout import RESOURCES, Server
 from raygym.nemo_gym.play import Environment
 
 HOST = "127.0.0.1"
+# Above those of Ray's workers and below those that Linux gives to connections: a server binds its port seconds after it
+# was chosen.
+_PORTS = range(20_001, 32_000)
 _POLL_S = 0.1
 _CHECK_EVERY_S = 10.0
 _CHECK_TIMEOUT_S = 30.0
@@ -184,13 +188,13 @@ class ServerSet:
         self._processes = {}
 
     def _free_port(self) -> int:
-        while True:
-            with socket.socket() as probe:
-                probe.bind((HOST, 0))
-                port = int(probe.getsockname()[1])
-            if port not in self._used_ports:
-                self._used_ports.add(port)
-                return port
+        for port in random.sample(_PORTS, len(_PORTS)):
+            with socket.socket() as probe, suppress(OSError):
+                if port not in self._used_ports:
+                    probe.bind((HOST, port))
+                    self._used_ports.add(port)
+                    return port
+        raise NemoGymError(f"no port from {_PORTS.start} to {_PORTS.stop - 1} is free on {HOST}")
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
