@@ -47,10 +47,13 @@ class Trainer:
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
-            self._console.step(step + 1, self._metrics)
-            if self._validation_due(step + 1):
+            metrics, due = self._metrics, self._validation_due(step + 1)
+            if due:
+                self._console.step(step + 1, metrics)
                 self._validate(step + 1)
             self._log(step + 1)
+            if not due:  # what is shown is on disk
+                self._console.step(step + 1, metrics)
         return self._finish(version)
 
     def _record(self, collected: Any, version: int, learned: Any, published: Any) -> None:
