@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from scripted_policy import WRONG, ScriptedPolicy, call, right_actions
+from tiers import only_long
 
 from raygym.config import load_config
 from raygym.env_host import EnvHost
@@ -162,6 +163,7 @@ async def test_a_hundred_episodes_keep_their_state_apart(gym: Gym) -> None:
         assert reward == (0.0 if stopped else 1.0), gym.row(n)
 
 
+@only_long
 async def test_a_killed_server_fails_its_episodes_and_comes_back(gym: Gym) -> None:
     working = next(row for row in ROWS if "ground_truth" in gym.row(row))
     asked = gym.policy.asked
@@ -215,6 +217,7 @@ def test_the_shipped_training_config_fits_nemo_gym() -> None:
     assert [server.name for server in environment.servers] == ["workplace_assistant"]
 
 
+@only_long
 def test_a_run_trains_on_both_ways(tmp_path: Path) -> None:
     """The tiny config: our own HTTP front, its token IDs through NeMo Gym and back, a learner, a weight update."""
     command = [sys.executable, "-m", "raygym", "train", "configs/nemo_gym.yaml", f"runs_dir={tmp_path}"]
