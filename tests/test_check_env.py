@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from tiers import only_long
 
 import raygym.env
 from raygym.check_env import check_env
@@ -240,7 +241,7 @@ def test_good(kind):
         (OnlyTraining, "reset in split validation: env.reset raised ValueError: no validation tasks"),
     ],
 )
-@pytest.mark.parametrize("by", ["id", "instance"])
+@pytest.mark.parametrize("by", [pytest.param("id", marks=only_long), "instance"])
 def test_faults_are_told(kind, complaint, by):
     env = f"{__name__}:{kind.__name__}" if by == "id" else kind()
     problems = check_env(env, max_turns=12, timeout_s=0.1 if kind is Hangs else 5)

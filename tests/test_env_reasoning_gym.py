@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiers import only_long
 
 from raygym.config import EnvConfig, load_config
 from raygym.env import EnvError, make_env, parse_step
@@ -174,6 +175,7 @@ print(json.dumps([ReasoningGym(name).reset(seed=seed)[0][-1]["content"] for name
 """
 
 
+@only_long
 def test_every_process_asks_the_same():
     """Python orders sets of text differently in each process, and these datasets draw from sets."""
     here = [question(ReasoningGym(name), seed) for name in _OF_SETS for seed in range(3)]

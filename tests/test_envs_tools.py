@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from tiers import only_long
 
 from raygym import ToolEnv
 from raygym.env import parse_step
@@ -375,6 +376,7 @@ async def returns_a_constant(player: Player, rng: random.Random) -> None:
 
 
 class TestPythonCode:
+    @only_long
     @pytest.mark.parametrize(
         ("policy", "score", "tolerance", "seeds"),
         [(programs, 1.0, 0, 16), (returns_its_argument, 0.05, 0.1, 10), (returns_a_constant, 0.07, 0.1, 10)],
@@ -406,7 +408,7 @@ class TestPythonCode:
     @pytest.mark.parametrize(
         ("body", "reward", "cut_off"),
         [
-            pytest.param("while True: pass", 0.0, 1.0, marks=pytest.mark.slow),
+            pytest.param("while True: pass", 0.0, 1.0, marks=[pytest.mark.slow, only_long]),
             ("import os; os._exit(0)", 0.0, 0.0),
             ("raise SystemExit(0)", 0.0, 0.0),
             ("return type('Any', (str,), {'__eq__': lambda self, other: True})('')", 0.0, 0.0),

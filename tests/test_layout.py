@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiers import only_long
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"ray", "vllm", "deepspeed"}
@@ -51,6 +52,7 @@ def test_only_the_command_line_reaches_into_the_ray_layer(path):
         assert not reached, [node.lineno for node in reached]
 
 
+@only_long
 def test_importing_the_pure_modules_loads_no_engine():
     names = [module_name(path) for path in PURE if path.name != "__main__.py"]
     code = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\n"

@@ -26,7 +26,7 @@ LIMITS = EpisodeLimits(
     step_timeout_s=30,
     episode_timeout_s=60,
 )
-ABORTED = 10_000 if LONG else 400
+ABORTED = 10_000 if LONG else 200
 AT_ONCE = 200
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_gym import ROW, FakeGym, playing
+from tiers import only_long
 
 from raygym.check_env import check_env
 from raygym.config import ConfigError, parse_config
@@ -313,6 +314,7 @@ def test_actions_become_items(action: Message, kinds: list[str]) -> None:
     assert "4" not in str(action["content"]) or back["content"].endswith("4")
 
 
+@only_long
 def test_the_response_is_one_that_openais_own_types_accept() -> None:
     from openai.types.responses import Response
 

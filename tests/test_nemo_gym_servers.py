@@ -135,7 +135,7 @@ def test_servers_know_each_other_and_end_cleanly(start: Callable[..., Running]) 
     assert "interrupted" in (running.logs / "a.log").read_text()
 
 
-@pytest.mark.parametrize("whom", ["server", "guard"])
+@pytest.mark.parametrize("whom", ["server", pytest.param("guard", marks=only_long)])
 def test_one_that_is_killed_takes_all_to_a_fresh_start(start: Callable[..., Running], whom: str) -> None:
     running = start(a={}, b={})
     running.set.wait_ready()

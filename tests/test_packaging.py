@@ -35,6 +35,7 @@ def wheel_names(built):
         return archive.namelist()
 
 
+@pytest.mark.ray  # the wheel, installed, imports raygym.actors
 @pytest.mark.slow
 class TestWheel:
     def test_has_every_module_as_a_real_file(self, built, wheel_names):

@@ -259,6 +259,7 @@ async def test_asyncio_works_inside():
         assert "No module named" in outcome.output and not namespaces_work()
 
 
+@only_long
 @pytest.mark.slow
 @both
 async def test_children_are_counted_and_killed_with_it(namespaces):
@@ -296,6 +297,7 @@ print(os.getpid())
     assert 4 <= max(seen) <= 70
 
 
+@only_long
 @pytest.mark.slow
 async def test_nothing_is_left_after_many_runs():
     sources = [
@@ -352,6 +354,7 @@ async def test_the_end_of_the_supervisor_is_an_error_and_kills(directory):
         left.rmdir()
 
 
+@only_long
 @pytest.mark.slow
 async def test_bounded_concurrency_that_does_not_count_against_the_program():
     limits = Limits(wall_s=5.0)

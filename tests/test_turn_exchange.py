@@ -34,7 +34,7 @@ def generation(token_ids: list[int]) -> Generation:
     )
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(ids, samplings), max_size=8))
 def test_packed_turns_are_the_same_turns(turns: list[tuple[list[int], Sampling]]) -> None:
     requests = [
@@ -49,7 +49,7 @@ def test_packed_turns_are_the_same_turns(turns: list[tuple[list[int], Sampling]]
         assert before.prompt_token_ids.tolist() == after.prompt_token_ids.tolist()
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.dictionaries(st.integers(0, 1000), ids | st.sampled_from(list(FailureKind)), max_size=8))
 def test_packed_answers_are_the_same_answers(answers: dict[int, Any]) -> None:
     given_answers: dict[int, Generation | EpisodeFailure] = {
