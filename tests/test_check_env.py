@@ -358,6 +358,7 @@ class TestCommand:
         output = capsys.readouterr()
         assert complaint in output.err and output.err.count("\n") == 1 and output.out == ""
 
+    @only_long
     def test_in_a_shell(self, tmp_path):
         (tmp_path / "mine.py").write_text("import raygym\nclass Mine(raygym.ChatEnv): pass\n")
         code = f"import sys; sys.path[:0] = {sys.path!r}; from raygym.cli import main; sys.exit(main())"

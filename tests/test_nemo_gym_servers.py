@@ -148,11 +148,13 @@ def test_one_that_is_killed_takes_all_to_a_fresh_start(start: Callable[..., Runn
     assert running.ask("b")["pid"] not in everybody
 
 
+@only_long
 def test_a_server_that_does_not_start_says_why(start: Callable[..., Running]) -> None:
     with pytest.raises(NemoGymError, match=r"b ended: ValueError: it does not want to \(see .*b\.log\)"):
         start(a={}, b={"crashes": True}).set.wait_ready()
 
 
+@only_long
 def test_a_server_that_does_not_answer_is_named(start: Callable[..., Running]) -> None:
     running = start(timeout_s=0.3, a={"silent": True})
     with pytest.raises(NemoGymError, match=r"a does not answer within 0\.3 s \(startup_timeout_s\)"):
