@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -25,7 +25,6 @@ _START_TIMEOUT_S = 120.0
 _CLOSE_TIMEOUT_S = 6.0
 # The process keeps the deadline itself and says what missed it; only one that is stuck whole gets this much more.
 _GRACE_S = 1.0
-T = TypeVar("T")
 
 
 class EnvProcess:

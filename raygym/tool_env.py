@@ -35,9 +35,9 @@ import numpy as np
 from raygym.env import ChatEnv, EnvError
 from raygym.env_host import DeadlineMissed, in_own_thread, within
 from raygym.tools import Tool, ToolError, as_text
+from raygym.types import Message
 
 __all__ = ["End", "ToolEnv", "ToolError", "tool"]
-from raygym.types import Message
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "_raygym_tool"
