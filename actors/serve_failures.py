@@ -1,6 +1,9 @@
-"""What an error of a Serve call means for the episode that waited for it."""
+"""What an error of a Serve call means for the episode that waited for it; asking all replicas in these terms."""
 
 from __future__ import annotations
+
+import asyncio
+from typing import Any
 
 from ray.exceptions import (
     NodeDiedError,
@@ -36,3 +39,23 @@ def engine_failure(error: Exception) -> EpisodeFailure:
     elif isinstance(cause, TaskCancelledError):
         kind = FailureKind.CANCELLED
     return EpisodeFailure(kind, f"{type(cause).__name__}: {cause}")
+
+
+async def ask_replicas(handle: Any, method: str, timeout_s: float, late: str) -> list[Any]:
+    """The answer of each running replica.
+
+    Args:
+        handle: of the deployment.
+        method: what to call, without arguments.
+        timeout_s: deadline of all answers together.
+        late: what they have not done by then, for the failure's text.
+
+    Raises:
+        EpisodeFailure: `engine_timeout` when not every replica answers in time, else see `engine_failure`.
+    """
+    try:
+        return list(await asyncio.to_thread(handle.broadcast(method).results, timeout_s=timeout_s))
+    except TimeoutError as error:
+        raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, f"{late} within {timeout_s:g} s") from error
+    except Exception as error:
+        raise engine_failure(error) from error

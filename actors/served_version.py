@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from ray import serve
 
-from raygym.actors.serve_failures import engine_failure
+from raygym.actors.serve_failures import ask_replicas
 from raygym.types import EpisodeFailure, FailureKind
 
 _TIMEOUT_S = 30.0
@@ -30,14 +29,8 @@ class ServedVersion:
         """
         if self._handle is None:
             self._handle = serve.get_deployment_handle(self._deployment, self._app)
-        try:
-            answers = self._handle.broadcast("state")
-            states = await asyncio.to_thread(answers.results, timeout_s=_TIMEOUT_S)
-        except TimeoutError as error:
-            detail = f"not every replica told its weight version within {_TIMEOUT_S:g} s"
-            raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail) from error
-        except Exception as error:
-            raise engine_failure(error) from error
+        late = "not every replica told its weight version"
+        states = await ask_replicas(self._handle, "state", _TIMEOUT_S, late)
         if not states:
             raise EpisodeFailure(FailureKind.ENGINE_LOST, "no replica of the policy is running")
         return min(int(state.weight_version) for state in states)

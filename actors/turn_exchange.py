@@ -14,7 +14,7 @@ from typing import Any
 
 from ray import serve
 
-from raygym.actors.serve_failures import engine_failure
+from raygym.actors.serve_failures import ask_replicas, engine_failure
 from raygym.actors.session_router import ONLY
 from raygym.env_host import DeadlineMissed, within
 from raygym.turn_batch import AnswerBatch, TurnRequest, pack_turns
@@ -90,14 +90,8 @@ class TurnExchange:
     async def _find_replicas(self) -> None:
         if self._handle is None:
             self._handle = serve.get_deployment_handle(self._deployment, self._app)
-        try:
-            response = self._handle.broadcast("identify")
-            names = await asyncio.to_thread(response.results, timeout_s=_IDENTIFY_TIMEOUT_S)
-        except TimeoutError:
-            detail = f"the PolicyServer's replicas did not say who they are within {_IDENTIFY_TIMEOUT_S:.0f} s"
-            raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail) from None
-        except Exception as error:
-            raise engine_failure(error) from error
+        late = "the PolicyServer's replicas did not say who they are"
+        names = await ask_replicas(self._handle, "identify", _IDENTIFY_TIMEOUT_S, late)
         self._refreshed_s = asyncio.get_running_loop().time()
         for name in names:
             if name not in self._lanes:
