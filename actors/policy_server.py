@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from prometheus_client import generate_latest
 from ray import serve
 from ray.exceptions import RayError
@@ -20,11 +21,11 @@ from raygym.api.front import ApiFront, FrontOptions
 from raygym.api.sessions import SessionStore
 from raygym.config import PolicyConfig
 from raygym.engine import Engine, EngineError
-from raygym.mailbox import Mailboxes
 from raygym.models import stop_token_ids
 from raygym.simulate import SimulatedConfig, SimulatedEngine
 from raygym.tool_parsers import tool_parser
-from raygym.turn_batch import AnswerBatch, TurnBatch, TurnRequest
+from raygym.turn_batch import TurnRequest
+from raygym.turn_server import TurnAddress, TurnServer
 from raygym.types import EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
 from raygym.weights import Manifest, WeightsError, check_shapes, checkpoint_shapes, tied_names
 
@@ -78,7 +79,7 @@ class PolicyServer:
             max_bytes=limits.max_mib << 20,
         )
         self._replica_id: str = context.replica_id.unique_id
-        self._mailboxes = Mailboxes(self._answer)
+        self._turns = TurnServer(self._answer)
         self._group = ""
         self._manifest: Manifest | None = None
         self._received: Path | None = None
@@ -137,35 +138,9 @@ class PolicyServer:
             except Exception as error:
                 raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}") from error
 
-    async def exchange(
-        self,
-        replica: str,
-        sender: str,
-        requests: TurnBatch | None,
-        cancelled: tuple[int, ...],
-        wait_s: float,
-        linger_s: float,
-    ) -> AnswerBatch:
-        """Take a sender's new requests, and give it the answers that are ready.
-
-        Args:
-            replica: the one that is meant, as it called itself.
-            sender: unique in the application; its requests' numbers are its own.
-            requests: new ones, if any.
-            cancelled: numbers of requests that nobody waits for any more.
-            wait_s: how long to wait for an answer; 0 takes what is there.
-            linger_s: see `Mailbox.take`.
-
-        Raises:
-            EpisodeFailure: `engine_lost`, the replica that is meant is gone.
-        """
-        if replica != self._replica_id:
-            raise EpisodeFailure(FailureKind.ENGINE_LOST, f"replica {replica} of the PolicyServer is gone")
-        return await self._mailboxes.exchange(sender, requests, cancelled, wait_s, linger_s)
-
-    async def identify(self) -> str:
-        """The name by which the router knows this replica."""
-        return self._replica_id
+    async def turn_address(self) -> TurnAddress:
+        """Where EnvRunners send this replica their turns."""
+        return await self._turns.address(self._replica_id, ray.util.get_node_ip_address())
 
     async def _answer(self, request: TurnRequest) -> Generation:
         return await self.generate(request.prompt_token_ids, request.sampling, request.session_id)

@@ -16,10 +16,6 @@ from raygym.api.front import SESSION_HEADER, split_session
 _OVERLOAD = 8
 
 
-ONLY = "only:"
-"""A session ID of this and a replica's name goes to that replica; when it is gone, to another, which can say so."""
-
-
 class SessionRouter(ConsistentHashRouter):
     """Affinity first, load second. Replicas that died are not candidates: Serve's base class sees to that."""
 
@@ -35,10 +31,6 @@ class SessionRouter(ConsistentHashRouter):
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
         recorded, affinity = session_of(pending_request)
-        if affinity.startswith(ONLY):
-            owner = affinity.removeprefix(ONLY)
-            meant = [replica for replica in candidate_replicas if replica.replica_id.unique_id == owner]
-            return [meant or candidate_replicas]
         if recorded:
             owner = recorded.partition(".")[0]
             for replica in candidate_replicas:

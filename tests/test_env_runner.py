@@ -20,8 +20,8 @@ from raygym.actors.serve_failures import engine_failure
 from raygym.config import EnvConfig
 from raygym.env import ChatEnv, EnvError
 from raygym.episode import EpisodeLimits
-from raygym.mailbox import Mailboxes
 from raygym.models import resolve_policy
+from raygym.turn_server import TurnAddress, TurnServer
 from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Generation, Int32Array, Sampling, Task, Trajectory
 
 pytestmark = [pytest.mark.ray]
@@ -141,13 +141,12 @@ class FakePolicy:
     def __init__(self) -> None:
         self.cancelled = 0
         self.answer = answer("10")
-        self.mailboxes = Mailboxes(lambda turn: self.generate(turn.prompt_token_ids, turn.sampling, turn.session_id))
+        self.turns = TurnServer(lambda turn: self.generate(turn.prompt_token_ids, turn.sampling, turn.session_id))
 
-    async def identify(self) -> str:
-        return serve.get_replica_context().replica_id.unique_id
-
-    async def exchange(self, replica: str, *arguments: Any) -> Any:
-        return await self.mailboxes.exchange(*arguments)
+    async def turn_address(self) -> TurnAddress:
+        return await self.turns.address(
+            serve.get_replica_context().replica_id.unique_id, ray.util.get_node_ip_address()
+        )
 
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Generation:
         match session_id.partition("-")[0]:

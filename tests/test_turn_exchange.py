@@ -1,16 +1,22 @@
-"""Turns in batches: nothing is changed by packing, each answer is given once, and nobody's requests stay behind."""
+"""The stream of turns: nothing is changed by packing, each answer is given once, and nobody's requests stay behind."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygym.mailbox import Mailbox, Mailboxes
-from raygym.turn_batch import TurnRequest, pack_answers, pack_turns
+from raygym.frames import Frames
+from raygym.turn_batch import TurnRequest, pack_answers, pack_turns, unpack_answers, unpack_turns
+from raygym.turn_client import TurnClient
+from raygym.turn_server import TurnAddress, TurnServer
 from raygym.types import EpisodeFailure, FailureKind, Generation, Sampling
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=20)
@@ -41,7 +47,8 @@ def test_packed_turns_are_the_same_turns(turns: list[tuple[list[int], Sampling]]
         TurnRequest(number, f"s{number}", np.asarray(prompt, np.int32), sampling)
         for number, (prompt, sampling) in enumerate(turns)
     ]
-    unpacked = pack_turns(requests).unpack()
+    unpacked, cancelled = unpack_turns(pack_turns(requests, [3, 5]))
+    assert cancelled == [3, 5]
     assert len(unpacked) == len(requests)
     for before, after in zip(requests, unpacked, strict=True):
         assert (before.number, before.session_id, before.sampling) == (after.number, after.session_id, after.sampling)
@@ -56,7 +63,7 @@ def test_packed_answers_are_the_same_answers(answers: dict[int, Any]) -> None:
         number: EpisodeFailure(answer, "why") if isinstance(answer, str) else generation(answer)
         for number, answer in answers.items()
     }
-    unpacked = pack_answers(given_answers).unpack()
+    unpacked = unpack_answers(pack_answers(given_answers))
     assert set(unpacked) == set(given_answers)
     for number, before in given_answers.items():
         after = unpacked[number]
@@ -90,109 +97,190 @@ class Engine:
         return generation([asked.number])
 
 
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
 
 
-class TestMailbox:
-    async def test_each_answer_is_taken_once_and_as_soon_as_it_is_there(self) -> None:
-        engine = Engine()
-        mailbox = Mailbox(engine)
-        mailbox.start([request(0), request(1), request(2)])
-        await settle()
-        takers = [asyncio.ensure_future(mailbox.take(5.0, 0.0)) for _ in range(2)]
-        await settle()
+class Pair:
+    """An engine behind a server, and a client of it."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.server = TurnServer(engine)
+        self.lost: list[TurnClient] = []
+
+    async def client(self, **changes: Any) -> TurnClient:
+        address = await self.server.address("r1", "127.0.0.1")
+        client = TurnClient(replace(address, **changes), self.lost.append)
+        await client.connect(5)
+        return client
+
+    def asked(self, client: TurnClient, number: int) -> asyncio.Task[Generation]:
+        return asyncio.ensure_future(client.ask(request(number)))
+
+
+@asynccontextmanager
+async def pair(engine: Any) -> AsyncIterator[Pair]:
+    both = Pair(engine)
+    try:
+        yield both
+    finally:
+        both.server.close()
+
+
+async def test_an_answer_comes_as_soon_as_it_is_there_and_failures_keep_their_kind() -> None:
+    engine = Engine()
+    async with pair(engine) as p:
+        client = await p.client()
+        asked = [p.asked(client, number) for number in range(3)]
+        await until(lambda: len(engine.open) == 3)
         engine.open[1].set()
-        await settle()
-        assert [taker.done() for taker in takers] == [True, False]
-        assert isinstance(takers[0].result()[1], EpisodeFailure)
+        with pytest.raises(EpisodeFailure, match="odd"):
+            await asked[1]
+        assert not asked[0].done() and client.waiting == 2
+        engine.open[2].set()
+        assert (await asked[2]).token_ids.tolist() == [2]
         engine.open[0].set()
+        assert (await asked[0]).token_ids.tolist() == [0]
+        assert p.server.running == client.waiting == 0
+
+
+async def test_cancelled_turns_end_in_the_engine() -> None:
+    engine = Engine()
+    async with pair(engine) as p:
+        client = await p.client()
+        asked = [p.asked(client, number) for number in (0, 2)]
+        await until(lambda: len(engine.open) == 2)
+        asked[0].cancel()
+        await until(lambda: engine.cancelled == [0])
+        at_once = p.asked(client, 4)
+        await asyncio.sleep(0)
+        at_once.cancel()
         engine.open[2].set()
-        assert set(await takers[1]) == {0, 2}
-        assert await mailbox.take(0.0, 0.0) == {} and mailbox.running == 0
+        assert (await asked[1]).token_ids.tolist() == [2]
+        await until(lambda: p.server.running == client.waiting == 0 and engine.open == {})
 
-    async def test_lingering_takes_what_comes_at_nearly_the_same_moment(self) -> None:
-        engine = Engine()
-        mailbox = Mailbox(engine)
-        mailbox.start([request(0), request(2)])
-        await settle()
-        taker = asyncio.ensure_future(mailbox.take(5.0, 0.05))
-        engine.open[0].set()
-        await settle()
+
+async def test_a_bug_of_the_engine_is_an_answer() -> None:
+    async def broken(asked: TurnRequest) -> Generation:
+        raise KeyError("layer 3")
+
+    async with pair(broken) as p:
+        with pytest.raises(EpisodeFailure, match="KeyError: 'layer 3'") as raised:
+            await (await p.client()).ask(request(0))
+        assert raised.value.kind is FailureKind.ENGINE_ERROR
+
+
+async def test_a_runner_that_died_keeps_nothing_busy() -> None:
+    engine = Engine()
+    async with pair(engine) as p:
+        dead, alive = await p.client(), await p.client()
+        lost, kept = p.asked(dead, 0), p.asked(alive, 2)
+        await until(lambda: len(engine.open) == 2)
+        dead.close()
+        await until(lambda: engine.cancelled == [0])
+        with pytest.raises(EpisodeFailure):
+            await lost
         engine.open[2].set()
-        assert set(await taker) == {0, 2}
-
-    async def test_waiting_ends_without_an_answer(self) -> None:
-        mailbox = Mailbox(Engine())
-        mailbox.start([request(0)])
-        assert await mailbox.take(0.01, 0.0) == {}
-        assert mailbox.running == 1
-
-    async def test_cancelled_requests_end_in_the_engine_and_give_no_answer(self) -> None:
-        engine = Engine()
-        mailbox = Mailbox(engine)
-        mailbox.start([request(0), request(2)])
-        await settle()
-        engine.open[2].set()
-        await settle()
-        mailbox.cancel([0, 2, 77])
-        await settle()
-        assert engine.cancelled == [0] and mailbox.running == 0
-        assert await mailbox.take(0.0, 0.0) == {}
-
-    async def test_a_bug_of_the_engine_is_an_answer(self) -> None:
-        async def broken(asked: TurnRequest) -> Generation:
-            raise KeyError("layer 3")
-
-        mailbox = Mailbox(broken)
-        mailbox.start([request(0)])
-        (answer,) = (await mailbox.take(5.0, 0.0)).values()
-        assert isinstance(answer, EpisodeFailure) and answer.kind is FailureKind.ENGINE_ERROR
-        assert "KeyError: 'layer 3'" in answer.detail
-
-    async def test_a_sender_that_died_keeps_nothing_busy(self) -> None:
-        engine = Engine()
-        boxes = Mailboxes(engine)
-        await boxes.exchange("dead", pack_turns([request(0)]), (), 0.0, 0.0)
-        waiting = asyncio.ensure_future(boxes.exchange("alive", pack_turns([request(2)]), (), 5.0, 0.0))
-        await settle()
-        await asyncio.sleep(0.02)
-        boxes.close_abandoned(after_s=0.01)
-        await settle()
-        assert engine.cancelled == [0]
-        engine.open[2].set()
-        assert (await waiting).numbers == (2,)
+        assert (await kept).token_ids.tolist() == [2]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from("sfct"), min_size=1, max_size=60), st.randoms())
-def test_any_order_answers_every_request_once(events: str, rng: Any) -> None:
-    """Start, finish, cancel and take in any order: every request that was not cancelled is answered exactly once."""
+async def test_a_replica_that_died_is_engine_lost() -> None:
+    async with pair(Engine()) as p:
+        client = await p.client()
+        asked = p.asked(client, 0)
+        await until(lambda: p.server.running == 1)
+        p.server.close()
+        for late in (asked, p.asked(client, 2)):
+            with pytest.raises(EpisodeFailure, match="replica r1 of the PolicyServer is gone") as raised:
+                await late
+            assert raised.value.kind is FailureKind.ENGINE_LOST
+        assert p.lost == [client]
+
+
+async def test_a_replica_that_hangs_is_engine_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raygym.turn_client._ASK_EVERY_S", 0.02)
+    monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 0.2)
+    engine = Engine()
+    async with pair(engine) as p:
+        client = await p.client()
+        asked = p.asked(client, 0)
+        await asyncio.sleep(0.5)  # slow, but alive: it answers when it is asked
+        assert not asked.done()
+        monkeypatch.setattr("raygym.turn_server._Sender.received", lambda self, frame: None)
+        with pytest.raises(EpisodeFailure, match="no sign of life") as raised:
+            await asked
+        assert raised.value.kind is FailureKind.ENGINE_TIMEOUT and p.lost
+
+
+async def test_only_who_knows_the_secret_is_served() -> None:
+    engine = Engine()
+    async with pair(engine) as p:
+        stranger = await p.client(secret=bytes(32))
+        with pytest.raises(EpisodeFailure, match="gone"):
+            await stranger.ask(request(0))
+        too_long = await p.client(secret=bytes(10_000))
+        with pytest.raises(EpisodeFailure, match="gone"):
+            await too_long.ask(request(2))
+        assert engine.open == {} and engine.cancelled == []
+
+
+def test_an_address_does_not_show_its_secret() -> None:
+    assert "hush" not in repr(TurnAddress("r", "127.0.0.1", 1, b"hush"))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.binary(max_size=30), max_size=6), st.lists(st.integers(1, 12), min_size=1, max_size=20))
+def test_frames_survive_any_cut_of_the_stream(frames: list[bytes], cuts: list[int]) -> None:
+    class Reader(Frames):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frames: list[bytes] = []
+
+        def received(self, frame: bytes) -> None:
+            self.frames.append(frame)
+
+    stream = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
+    reader, at, turn = Reader(), 0, 0
+    while at < len(stream):
+        size = cuts[turn % len(cuts)]
+        reader.data_received(stream[at : at + size])
+        at, turn = at + size, turn + 1
+    assert reader.frames == frames
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from("sfc"), min_size=1, max_size=40), st.randoms())
+def test_any_order_answers_every_turn_once(events: str, rng: Any) -> None:
+    """Start, finish and cancel in any order: every turn that was not cancelled is answered exactly once."""
 
     async def play() -> None:
         engine = Engine()
-        mailbox = Mailbox(engine)
-        started, cancelled, answered = 0, set[int](), list[int]()
-        for event in events:
-            if event == "s":
-                mailbox.start([request(started)])
-                started += 1
-            elif event == "f" and engine.open:
-                engine.open[rng.choice(sorted(engine.open))].set()
-            elif event == "c" and started:
-                number = rng.randrange(started)
-                if number not in answered:
-                    cancelled.add(number)
-                mailbox.cancel([number])
-            elif event == "t":
-                answered += list(await mailbox.take(0.0, 0.0))
-            await settle()
-        for event_ in list(engine.open.values()):
-            event_.set()
-        await settle()
-        answered += list(await mailbox.take(0.0, 0.0))
-        assert sorted(answered) == sorted(set(range(started)) - cancelled)
-        assert mailbox.running == 0
+        async with pair(engine) as p:
+            client = await p.client()
+            asked: list[asyncio.Task[Generation]] = []
+            for event in events:
+                if event == "s":
+                    asked.append(p.asked(client, len(asked)))
+                elif event == "f" and engine.open:
+                    engine.open[rng.choice(sorted(engine.open))].set()
+                elif event == "c" and asked:
+                    rng.choice(asked).cancel()
+                for _ in range(rng.randrange(4)):
+                    await asyncio.sleep(0)
+            waiting = [task for task in asked if not task.done()]
+            while not all(task.done() for task in waiting):
+                for opened in list(engine.open.values()):
+                    opened.set()
+                await asyncio.sleep(0)
+            for number, task in enumerate(asked):
+                if task.cancelled():
+                    continue
+                assert (task.exception() is not None) == (number % 2 == 1)
+                assert task.exception() or task.result().token_ids.tolist() == [number]
+            await until(lambda: p.server.running == 0)
+            assert client.waiting == 0
 
     asyncio.run(play())
