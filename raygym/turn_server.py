@@ -96,7 +96,7 @@ class _Sender(Frames):
         else:
             requests, cancelled = unpack_turns(frame)
             for request in requests:
-                self.running[request.number] = asyncio.ensure_future(self._answer(request))
+                self._start(request)
             for number in cancelled:
                 self._ready.pop(number, None)
                 if number in self.running:
@@ -109,6 +109,11 @@ class _Sender(Frames):
         for task in self.running.values():
             task.cancel()
 
+    def _start(self, request: TurnRequest) -> None:
+        task = self.running[request.number] = asyncio.ensure_future(self._answer(request))
+        # Not by the task itself: one that is cancelled before its first step never runs.
+        task.add_done_callback(lambda _: self.running.pop(request.number, None))
+
     async def _answer(self, request: TurnRequest) -> None:
         try:
             answer: Answer = await self._generate(request)
@@ -118,8 +123,6 @@ class _Sender(Frames):
             answer = failure
         except Exception as error:
             answer = EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}")
-        finally:
-            self.running.pop(request.number, None)
         self._ready[request.number] = answer
         self._flush()
 
