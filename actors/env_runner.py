@@ -28,6 +28,7 @@ from raygym.env_host import EnvHost, Host
 from raygym.episode import EpisodeLimits, Generate, run_episode
 from raygym.memory_limit import limit_memory, machine_memory_mib
 from raygym.nemo_gym.agent import run_agent_episode
+from raygym.places import Places
 from raygym.tool_calls import ToolCalls
 from raygym.tool_parsers import tool_parser
 from raygym.types import Sampling, Task, Trajectory
@@ -79,6 +80,7 @@ class EnvRunner:
         self._served_version = ServedVersion(deployment, app)
         self._envs = {config.label: config for config in envs}
         self._running = 0
+        self._places = Places()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self._parser = tool_parser(parser, model_dir)
         self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()
@@ -89,9 +91,17 @@ class EnvRunner:
             limit_memory(memory_mib or machine_memory_mib() // 2)
 
     async def run_episode(
-        self, task: Task, group_id: str, episode: int, attempt: int, sampling: Sampling
+        self, task: Task, group_id: str, episode: int, attempt: int, sampling: Sampling, places: int | None = None
     ) -> Trajectory:
         """One episode on a fresh environment. Failures of environment or engine come back as a failed trajectory.
+
+        Args:
+            task: what to play.
+            group_id: see `run_episode` in `raygym.episode`, as the next three.
+            episode: as there.
+            attempt: as there.
+            sampling: as there.
+            places: how many episodes may run here at once from now on; this one waits for its place. None: no limit.
 
         Raises:
             EnvError: the task names an environment that this runner does not host.
@@ -101,6 +111,7 @@ class EnvRunner:
             raise EnvError(
                 f"task {task.index} wants environment {task.env!r}; this runner hosts {', '.join(self._envs)}"
             )
+        await self._places.take(places)
         self._running += 1
         try:
             if config.nemo_gym is not None and config.nemo_gym.mode == "agent":
@@ -130,6 +141,7 @@ class EnvRunner:
                 )
         finally:
             self._running -= 1
+            self._places.leave()
 
     async def ping(self) -> int:
         """How many episodes are running: an answer means that the event loop is alive."""
@@ -182,20 +194,20 @@ def start_env_runner(
     max_concurrent: int,
     **actor_options: Any,
 ) -> ActorHandle[EnvRunner]:
-    """Start an EnvRunner actor that runs up to `max_concurrent` episodes at once. Returns before it is up.
+    """Start an EnvRunner actor for up to `max_concurrent` episodes at once. Returns before it is up.
 
     A runner that dies is restarted by Ray, without its episodes: their callers get a RayActorError and retry.
 
     Args:
         envs: see `EnvRunner`, as are all others up to memory_mib.
-        max_concurrent: episodes at once; more wait.
+        max_concurrent: episodes at once; as many more may wait in it for their place.
         actor_options: Ray's options for the actor, over the defaults (no CPU reserved, restarted always).
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
         "max_restarts": -1,
         "max_task_retries": 0,
-        "max_concurrency": max_concurrent + _SPARE_CONCURRENCY,
+        "max_concurrency": 2 * max_concurrent + _SPARE_CONCURRENCY,
         **actor_options,
     }
     actor: Any = ray.remote(EnvRunner)

@@ -22,6 +22,9 @@ from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
 
 # An EnvRunner keeps the episode's own deadlines, and one that is stuck itself is noticed by its supervisor.
 _RUNNER_MARGIN_S = 30.0
+# Episodes handed to the runners beyond those that may run, as a share: one that ends makes room for one that is there
+# already, instead of leaving its place empty for the way to the manager and back.
+_AHEAD = 0.25
 
 
 class RolloutManager:
@@ -40,6 +43,7 @@ class RolloutManager:
         given = {name: getattr(config, name) for name in SchedulerOptions.__slots__ if name != "steps"}
         cursor = TaskCursor([(env.label, env.weight) for env in envs], seed)
         self._scheduler = Scheduler(cursor, SchedulerOptions(**given, steps=steps), time.monotonic)
+        self._scheduler.ahead = math.ceil(_AHEAD * config.max_concurrent)
         self._alarm: asyncio.TimerHandle | None = None
         self._deadline_s = {env.label: _deadline_s(config, env) for env in envs}
         # The runner cuts it down to what the episode's environment may use.
@@ -147,6 +151,7 @@ class RolloutManager:
             assignment.episode,
             assignment.attempt,
             self._sampling[assignment.task.split],
+            math.ceil(self._scheduler.max_concurrent / supervisor.up),
         )
         deadline_s = self._deadline_s[assignment.task.env]
         try:
@@ -176,7 +181,8 @@ def _deadline_s(config: RolloutConfig, env: EnvConfig) -> float:
     """Of the call to a runner: the last resort, for an episode that its runner has forgotten."""
     # Where each instance has a process, episodes wait in the runner for one that is free.
     rounds = math.ceil(config.max_concurrent / (env.processes or 1)) if env.isolation == "actor" else 1
-    return rounds * config.episode_timeout_s + _RUNNER_MARGIN_S
+    # One more round for what is handed out ahead.
+    return (rounds + 1) * config.episode_timeout_s + _RUNNER_MARGIN_S
 
 
 def _cancel(reference: Any) -> None:

@@ -71,6 +71,11 @@ class RunnerSupervisor:
             async with self._changed:
                 await self._changed.wait()
 
+    @property
+    def up(self) -> int:
+        """How many runners answer; at least 1, since one more may come back."""
+        return max(1, sum(self.states()))
+
     def runner(self, index: int) -> Any:
         """The actor of that number."""
         return self._runners[index]

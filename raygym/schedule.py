@@ -141,6 +141,8 @@ class Scheduler:
         self._uniform_in_a_row = 0
         self.max_concurrent = options.max_concurrent
         """Episodes at once; may be changed at any time."""
+        self.ahead = 0
+        """So many more are handed out, for whoever runs them to have the next one at hand."""
 
     @property
     def running(self) -> int:
@@ -149,10 +151,11 @@ class Scheduler:
 
     def describe(self) -> str:
         """What is going on, in one line for a person."""
+        running = min(self.running, self.max_concurrent)
         if self._validation:
             done = sum(group.whole() for group in self._validation.values())
-            return f"{done} of {len(self._validation)} validation tasks done, {self.running} episodes running"
-        return f"{len(self._whole)} of {len(self._train)} groups whole, {self.running} episodes running"
+            return f"{done} of {len(self._validation)} validation tasks done, {running} episodes running"
+        return f"{len(self._whole)} of {len(self._train)} groups whole, {running} episodes running"
 
     def set_version(self, version: int) -> None:
         """The engines now serve `version`: groups of steps up to `version + max_staleness` may start."""
@@ -171,7 +174,7 @@ class Scheduler:
         """Episodes to start now; they count as running until `finish` is called with each."""
         self._admit()
         started = []
-        while len(self._running) < self.max_concurrent and (assignment := self._next()) is not None:
+        while len(self._running) < self.max_concurrent + self.ahead and (assignment := self._next()) is not None:
             self._running[assignment] = None
             group = self._open_group(assignment.group_id)
             assert group is not None

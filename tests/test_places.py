@@ -1,0 +1,76 @@
+"""Places: never more than the limit, in the order of asking, none lost."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raygym.places import Places
+
+
+async def settle() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_a_place_given_at_the_moment_of_giving_up_is_not_lost() -> None:
+    places = Places()
+    await places.take(1)
+    waiting = asyncio.ensure_future(places.take(1))
+    await settle()
+    places.leave()
+    waiting.cancel()
+    await settle()
+    await asyncio.wait_for(places.take(1), 1)
+
+
+async def test_a_lower_limit_holds_for_who_comes_next_and_a_higher_one_lets_in_who_waits() -> None:
+    places = Places()
+    for _ in range(2):
+        await places.take(2)
+    waiting = asyncio.ensure_future(places.take(1))
+    places.leave()
+    await settle()
+    assert not waiting.done()
+    last = asyncio.ensure_future(places.take(3))
+    await settle()
+    assert waiting.done() and last.done()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("tlc"), st.integers(1, 4)), max_size=40), st.randoms())
+def test_any_order_keeps_the_limit_and_the_queue(events: list[tuple[str, int]], rng: Any) -> None:
+    async def play() -> None:
+        places, asked, inside, entered = Places(), list[asyncio.Task[None]](), 0, list[int]()
+
+        async def enter(number: int, limit: int) -> None:
+            nonlocal inside
+            await places.take(limit)
+            entered.append(number)
+            inside += 1
+
+        limit = 1
+        for event, size in events:
+            before = inside
+            if event == "t":
+                limit = size
+                asked.append(asyncio.ensure_future(enter(len(asked), limit)))
+            elif event == "l" and inside:
+                inside -= 1
+                before = inside
+                places.leave()
+            elif event == "c" and asked:
+                rng.choice(asked).cancel()
+            await settle()
+            assert inside <= max(limit, before)
+        assert entered == sorted(entered)
+        while inside:
+            inside -= 1
+            places.leave()
+            await settle()
+        assert all(task.done() for task in asked)
+
+    asyncio.run(play())
