@@ -93,7 +93,7 @@ class EnvHost:
         """`make` is called by the first `reset`, in the environment's own thread."""
         self._make = make
         self._env: gymnasium.Env[Any, Any] | None = None
-        self._worker = _Worker()
+        self._worker = _worker()
         self._stuck = False
         self.tools: list[dict[str, Any]] = []
         self.close_problem = ""
@@ -121,8 +121,10 @@ class EnvHost:
             self._worker.stop()
             return
         worker = _Worker() if self._stuck else self._worker
+        closed = False
         try:
             await within(self._call(self._env.close, worker), _CLOSE_TIMEOUT_S)
+            closed = True
         except DeadlineMissed:
             logger.warning("%s.close() still runs after %s s; left alone", type(self._env).__name__, _CLOSE_TIMEOUT_S)
             self.close_problem = f"close still runs after {_CLOSE_TIMEOUT_S:g} s"
@@ -130,8 +132,11 @@ class EnvHost:
             logger.warning("%s.close() raised", type(self._env).__name__, exc_info=True)
             self.close_problem = f"close raised {type(error).__name__}: {error}"
         finally:
-            worker.stop()
-            self._worker.stop()
+            if closed and not self._stuck:
+                worker.leave()
+            else:
+                worker.stop()
+                self._worker.stop()
 
     async def _start(self, task: Task) -> list[Message]:
         await self._call(self._construct, self._worker)
@@ -175,6 +180,18 @@ class EnvHost:
             raise EpisodeFailure(FailureKind.ENV_ERROR, f"env.{what} raised {type(error).__name__}: {error}") from error
 
 
+_IDLE_WORKERS = 16
+_idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+
+def _worker() -> _Worker:
+    """One that a closed environment left, or a new one: starting a thread stops the event loop for a millisecond."""
+    try:
+        return _idle.get_nowait()
+    except queue.Empty:
+        return _Worker()
+
+
 class _Worker:
     """One daemon thread, started at the first call, that runs calls in order."""
 
@@ -192,6 +209,13 @@ class _Worker:
 
     def stop(self) -> None:
         self._calls.put(None)
+
+    def leave(self) -> None:
+        """All calls have returned: another environment may have the thread."""
+        if self._thread is None or _idle.qsize() >= _IDLE_WORKERS:
+            self.stop()
+        else:
+            _idle.put(self)
 
     def _run(self) -> None:
         while (item := self._calls.get()) is not None:
