@@ -24,6 +24,8 @@ _SENTINEL = f"raygym{secrets.token_hex(8)}"
 _QUESTION: Message = {"role": "user", "content": "Hello"}
 _REPLY: Message = {"role": "assistant", "content": _SENTINEL}
 _BASE = [_QUESTION, _REPLY]
+_SUFFIX_KEPT_UP_TO = 500
+_SUFFIXES_KEPT = 2_000
 _CALL_ID = "call00000"  # nine letters and digits: some templates refuse any other form
 _TOOL_RESULT: Message = {"role": "tool", "content": "done", "tool_call_id": _CALL_ID, "name": "tool"}
 
@@ -81,6 +83,8 @@ class ChatRenderer:
         # Where a template of the caller's renders, the tools are in its hands.
         self._tools_told = render is None and bool(tools) and self._hides_tools()
         self._roles = set(roles) | ({"tool"} if tools else set())
+        self._suffixes: dict[str, list[int]] = {}
+        """Tokens of new messages, by their JSON."""
         self._special = frozenset(tokenizer.all_special_ids)
         self._closing = self._tokens(_after_sentinel(self._render(_BASE, generation=False)))
         if not self._closing or self._closing[0] not in self._special:
@@ -187,6 +191,20 @@ class ChatRenderer:
             assert np.array_equal(extended[: len(prompt)], prompt)
 
     def _suffix(self, new_messages: Sequence[Message]) -> list[int]:
+        # Environments say the same short things again and again; rendering one costs more than the rest of a turn.
+        try:
+            said = json.dumps(list(new_messages))
+        except TypeError:  # an object of the environment's own
+            return self._new_suffix(new_messages)
+        if len(said) > _SUFFIX_KEPT_UP_TO:
+            return self._new_suffix(new_messages)
+        if said not in self._suffixes:
+            if len(self._suffixes) >= _SUFFIXES_KEPT:
+                self._suffixes.pop(next(iter(self._suffixes)))
+            self._suffixes[said] = self._new_suffix(new_messages)
+        return self._suffixes[said]
+
+    def _new_suffix(self, new_messages: Sequence[Message]) -> list[int]:
         base = [_QUESTION, _reply_before(new_messages)]
         text = self._render([*base, *new_messages], generation=True)
         return self._tokens(self._from_end_of_turn(text, new_messages))
