@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import time
 from collections import Counter
@@ -55,6 +56,7 @@ def rollout(
             f"raygym: {config.name}, {config.policy.model}, {request.tasks} tasks of {request.split} x "
             f"{request.samples} at temperature {temperature:g} -> {path}"
         )
+        _follow_in_parquet(store, console)
         _tell_what_was_there(store, request, len(missing), console)
         if request.samples > 1 and temperature == 0:
             console.line("at temperature 0 the episodes of a task are mostly alike; --temperature 1 makes them differ")
@@ -90,6 +92,15 @@ def _tell_what_was_there(store: RolloutStore, request: Request, missing: int, co
         console.line(f"cut {store.cut} bytes of a group that was only half written off trajectories.jsonl")
     if missing < request.tasks:
         console.line(f"{request.tasks - missing} of {request.tasks} tasks are there already, {missing} are missing")
+
+
+def _follow_in_parquet(store: RolloutStore, console: RolloutConsole) -> None:
+    if importlib.util.find_spec("pyarrow") is None:
+        console.line("pyarrow is not installed, so there is no trajectories.parquet (pip install 'raygym[parquet]');")
+        console.line("once it is, the same command makes it from trajectories.jsonl")
+        return
+    parquet = importlib.import_module("raygym.rollout_parquet")
+    store.mirror(parquet.ParquetParts(store.path / "trajectories.parquet"))
 
 
 def _play(

@@ -228,3 +228,42 @@ def test_the_console_fits_and_tells_each_environment(width: int) -> None:
         ["2000", "0.500", "0.500", "1.000", "2.0", "100.0%", "1000", "0"]
     ] * 2
     assert printed[-2].split()[0].endswith("last")
+
+
+def test_parquet_equals_jsonl_also_after_a_kill(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="raygym[parquet] is not installed")
+    from raygym import rollout_parquet
+
+    monkeypatch.setattr(rollout_parquet, "_ROWS_A_PART", 4)
+    path = tmp_path / "out"
+    folder = path / "trajectories.parquet"
+    first = store(config, path)
+    first.mirror(rollout_parquet.ParquetParts(folder))
+    first.append(taken(*TASKS[:3]), 1.0)
+    assert parquet.read_table(folder).num_rows == 4, "readable before the end"
+    first._mirror = None  # as a kill does: what waits for the next part is lost
+    first.close()
+    (folder / ".new").write_bytes(b"half a part")
+
+    again = store(config, path)
+    again.mirror(rollout_parquet.ParquetParts(folder))
+    again.append(taken(TASKS[4]), 1.0)
+    again.close()
+    table = parquet.read_table(folder)
+    records = lines(path / "trajectories.jsonl")
+    assert table.num_rows == len(records) == 8
+    for row, record in zip(table.to_pylist(), records, strict=True):
+        assert json.loads(row.pop("messages")) == record.pop("messages")
+        assert dict(row.pop("metrics")) == record.pop("metrics")
+        assert row == record, "0 and False are equal, and these floats have a short binary form"
+    kinds = {name: str(table.schema.field(name).type.value_type) for name in ("token_ids", "loss_mask", "logprobs")}
+    assert kinds == {"token_ids": "int32", "loss_mask": "bool", "logprobs": "float"}
+
+    (path / "trajectories.jsonl").write_text("")  # the truth has less than its mirror
+    last = store(config, path)
+    last.mirror(rollout_parquet.ParquetParts(folder))
+    last.append(taken(TASKS[5]), 1.0)
+    last.close()
+    assert [row["task"] for row in parquet.read_table(folder).to_pylist()] == [5, 5]
