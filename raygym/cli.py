@@ -23,7 +23,7 @@ _OVERRIDES = "key.path=value"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     if options.command == "env":
         return _check_env(options.id, options.kwargs, options.turns)
     try:
@@ -36,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"raygym: {error}", file=sys.stderr)
         return BAD_USAGE
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more of the overrides once an option stood between them.
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
