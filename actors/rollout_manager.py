@@ -150,7 +150,8 @@ class RolloutManager:
                 self._calls[assignment].cancel()
         started = self._scheduler.start()
         if stream is not None:
-            started += stream.start(self._scheduler.max_concurrent - self._scheduler.running - stream.running)
+            places = self._scheduler.max_concurrent + self._scheduler.ahead
+            started += stream.start(places - self._scheduler.running - stream.running)
         for assignment in started:
             self._calls[assignment] = asyncio.create_task(self._run(assignment))
         if (expires_s := self._scheduler.next_expiry()) is not None:
