@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Super
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.loop_lag import LoopLag
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions
+from raygym.task_stream import Taken, TaskStream
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
 
@@ -42,8 +44,10 @@ class RolloutManager:
     ) -> None:
         given = {name: getattr(config, name) for name in SchedulerOptions.__slots__ if name != "steps"}
         cursor = TaskCursor([(env.label, env.weight) for env in envs], seed)
-        self._scheduler = Scheduler(cursor, SchedulerOptions(**given, steps=steps), time.monotonic)
+        self._options = SchedulerOptions(**given, steps=steps)
+        self._scheduler = Scheduler(cursor, self._options, time.monotonic)
         self._scheduler.ahead = math.ceil(_AHEAD * config.max_concurrent)
+        self._stream: TaskStream | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._deadline_s = {env.label: _deadline_s(config, env) for env in envs}
         # The runner cuts it down to what the episode's environment may use.
@@ -73,6 +77,36 @@ class RolloutManager:
         """One episode of each task, with validation's sampling."""
         self._scheduler.add_validation(tasks)
         return await self._wait(self._scheduler.collect_validation)
+
+    async def play(self, tasks: Sequence[Task], samples: int, most_waiting: int) -> None:
+        """Begin to play each task `samples` times; `take` has what is finished.
+
+        No new task begins while `most_waiting` whole groups or more wait to be taken.
+        """
+        assert self._stream is None, "the tasks given before are still being played"
+        self._stream = TaskStream(tasks, samples, self._options, most_waiting)
+        self._fill()
+
+    async def take(self, most: int, wait_s: float) -> Taken:
+        """At most `most` groups of `play`, as soon as one is whole; none after `wait_s` seconds.
+
+        Raises:
+            RolloutStopped: an environment or the engine fails always, and all that was whole is taken.
+        """
+        stream = self._stream
+        assert stream is not None, "nothing is being played"
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while self._stopped is None and not stream.has_news():
+                    self._changed.clear()
+                    await self._changed.wait()
+        if self._stopped is not None and not stream.has_news():
+            raise self._stopped
+        taken = stream.take(most)
+        if taken.done:
+            self._stream = None
+        self._fill()
+        return taken
 
     async def set_version(self, version: int) -> None:
         """The engines serve a new version: more groups may start."""
@@ -110,10 +144,15 @@ class RolloutManager:
         except RolloutStopped as stop:
             self._stop(stop)
             return
-        for assignment in self._scheduler.obsolete():
+        stream = self._stream
+        for assignment in [*self._scheduler.obsolete(), *(stream.obsolete() if stream else ())]:
             if assignment in self._calls:
                 self._calls[assignment].cancel()
-        for assignment in self._scheduler.start():
+        started = self._scheduler.start()
+        if stream is not None:
+            places = self._scheduler.max_concurrent + self._scheduler.ahead
+            started += stream.start(places - self._scheduler.running - stream.running)
+        for assignment in started:
             self._calls[assignment] = asyncio.create_task(self._run(assignment))
         if (expires_s := self._scheduler.next_expiry()) is not None:
             wait_s = max(0.0, expires_s - time.monotonic())
@@ -134,7 +173,9 @@ class RolloutManager:
         finally:
             del self._calls[assignment]
         try:
-            self._scheduler.finish(assignment, outcome)
+            stream = self._stream
+            owner = stream if stream is not None and assignment in stream else self._scheduler
+            owner.finish(assignment, outcome)
         except RolloutStopped as stop:
             self._stop(stop)
         self._fill()

@@ -16,6 +16,7 @@ from raygym.actors.serving import app_name
 from raygym.config import RunConfig
 from raygym.episode import EpisodeLimits
 from raygym.schedule import Collected, RolloutStopped
+from raygym.task_stream import Taken
 from raygym.types import Task
 
 _HEARTBEAT_S = 2.0
@@ -90,6 +91,27 @@ class Rollouts:
     def validate(self, tasks: Sequence[Task], progress: Callable[[str], None]) -> Collected:
         """One episode of each validation task."""
         return self._watch(self._manager.validate.remote(list(tasks)), progress)
+
+    def play(self, tasks: Sequence[Task], samples: int, most_waiting: int) -> None:
+        """Begin to play each task `samples` times, with a pause while `most_waiting` whole groups wait for `take`."""
+        ray.get(self._manager.play.remote(list(tasks), samples, most_waiting), timeout=_ANSWER_TIMEOUT_S)
+
+    def take(self, most: int, wait_s: float) -> Taken:
+        """At most `most` finished groups of `play`, as soon as there is one; none after `wait_s` seconds.
+
+        Raises:
+            RolloutStopped: it cannot go on, and everything that was whole has been taken.
+            TimeoutError: the manager does not answer.
+        """
+        try:
+            taken: Taken = ray.get(self._manager.take.remote(most, wait_s), timeout=wait_s + _ANSWER_TIMEOUT_S)
+            return taken
+        except GetTimeoutError as error:
+            raise TimeoutError(f"the RolloutManager did not answer within {wait_s + _ANSWER_TIMEOUT_S} s") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, RolloutStopped):
+                raise RolloutStopped(*error.cause.args) from None
+            raise
 
     def set_version(self, version: int) -> None:
         """Tell the manager which version the engines serve."""

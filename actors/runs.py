@@ -21,7 +21,7 @@ from raygym.tasks import validation_tasks
 
 def train(config: RunConfig, model_dir: str) -> None:
     """Train a policy; leaves `runs/<name>/`."""
-    config, port = _prepared(config, model_dir)
+    config, port = prepared(config, model_dir)
     console = RunConsole(config.steps)
     started = time.monotonic()
     files = RunFiles(config)
@@ -50,7 +50,7 @@ def train(config: RunConfig, model_dir: str) -> None:
 
 def evaluate(config: RunConfig, model_dir: str) -> None:
     """Play the validation tasks once with the policy as it is; prints one JSON object."""
-    config, port = _prepared(config, model_dir)
+    config, port = prepared(config, model_dir)
     tasks = validation_tasks([(env.label, env.weight) for env in config.envs], config.validation.tasks or 64)
     with Session(config, model_dir, port, learning=False) as session:
         collected = session.rollouts.validate(tasks, lambda _: None)
@@ -59,7 +59,7 @@ def evaluate(config: RunConfig, model_dir: str) -> None:
 
 def serve(config: RunConfig, model_dir: str) -> None:
     """Serve the policy over HTTP until interrupted. Prints one line when it is ready."""
-    config, port = _prepared(config, model_dir)
+    config, port = prepared(config, model_dir)
     with Session(config, model_dir, port, learning=False, rolling_out=False) as session:
         asks = f", key from ${config.policy.api_key_env}" if config.policy.api_key_env else ""
         replicas = f"{config.policy.replicas} replica" + "s" * (config.policy.replicas > 1)
@@ -67,7 +67,8 @@ def serve(config: RunConfig, model_dir: str) -> None:
         threading.Event().wait()
 
 
-def _prepared(config: RunConfig, model_dir: str) -> tuple[RunConfig, int]:
+def prepared(config: RunConfig, model_dir: str) -> tuple[RunConfig, int]:
+    """The config with the engine's defaults filled in, and the port of its HTTP API. Raises ConfigError."""
     front_options(config)
     policy = with_engine_defaults(config.policy, model_dir)
     return config.model_copy(update={"policy": policy}), http_port(policy.http)

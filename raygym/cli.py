@@ -7,12 +7,15 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
 from raygym.config import ConfigError, RunConfig, dump_config, load_config
+from raygym.rollout_store import Request
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 _OVERRIDES = "key.path=value"
@@ -20,10 +23,12 @@ _OVERRIDES = "key.path=value"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     if options.command == "env":
         return _check_env(options.id, options.kwargs, options.turns)
     try:
+        if options.command == "rollout":
+            return _rollout(options)
         config = load_config(options.config, options.overrides)
         if options.command == "config":
             return _check(config)
@@ -31,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"raygym: {error}", file=sys.stderr)
         return BAD_USAGE
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more of the overrides once an option stood between them.
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", "serve a policy over an OpenAI-compatible HTTP API until interrupted"),
     ):
         _with_config(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."), name)
+    _add_rollout(commands)
     config = commands.add_parser("config", help="check a run config", description="Work with run configs.")
     check = config.add_subparsers(dest="config_command", required=True, metavar="COMMAND").add_parser(
         "check", help="validate a run config and print it with every default"
@@ -67,6 +84,44 @@ def _with_config(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("config", help="a YAML run config")
     parser.add_argument("overrides", nargs="*", metavar=_OVERRIDES, help="change single values of the config")
     parser.epilog = f"example: raygym {command} configs/demo.yaml seed=1"
+
+
+def _add_rollout(commands: Any) -> None:
+    text = "play tasks without training and keep their trajectories"
+    parser = commands.add_parser(
+        "rollout", help=text, description=text[0].upper() + text[1:] + "; goes on where it was."
+    )
+    _with_config(parser, "rollout")
+    parser.epilog = "example: raygym rollout configs/demo.yaml --tasks 100 --samples 8 --temperature 1"
+    parser.add_argument(
+        "--tasks", type=_at_least_one, metavar="N", help="default: validation.tasks of the config, or 64"
+    )
+    parser.add_argument("--samples", type=_at_least_one, metavar="K", default=1, help="episodes of each (default: 1)")
+    parser.add_argument("--split", choices=("train", "validation"), default="validation", help="default: validation")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default: what the config says for the split")
+    parser.add_argument("--success", type=float, metavar="R", default=1.0, help="its reward, for pass@k (default: 1)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: rollouts/<name of the run>")
+    parser.add_argument("--fresh", action="store_true", help="move an earlier folder aside instead of going on in it")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _rollout(options: argparse.Namespace) -> int:
+    if options.temperature is not None:
+        section = "validation" if options.split == "validation" else "rollout"
+        options.overrides.append(f"{section}.temperature={options.temperature}")
+    config = load_config(options.config, options.overrides)
+    request = Request(options.tasks or config.validation.tasks or 64, options.samples, options.split)
+
+    def play(config: RunConfig, model_dir: str) -> None:
+        command = importlib.import_module("raygym.actors.rollout_command")
+        command.rollout(config, model_dir, request, options.out, options.success, fresh=options.fresh)
+
+    return _run("rollout", config, play)
 
 
 def _check(config: RunConfig) -> int:
@@ -95,7 +150,7 @@ def _check_env(env_id: str, kwargs_text: str, turns: int) -> int:
     return FAILED if problems else DONE
 
 
-def _run(command: str, config: RunConfig) -> int:
+def _run(command: str, config: RunConfig, act: Callable[[RunConfig, str], None] | None = None) -> int:
     # SIGINT too: a shell's background job starts with it ignored, and would then not be stoppable.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -103,7 +158,8 @@ def _run(command: str, config: RunConfig) -> int:
     prepared = importlib.import_module("raygym.preflight").check_inputs(config)
     runs = importlib.import_module("raygym.actors.runs")
     try:
-        {"train": runs.train, "eval": runs.evaluate, "serve": runs.serve}[command](config, prepared.model_dir)
+        act = act or {"train": runs.train, "eval": runs.evaluate, "serve": runs.serve}[command]
+        act(config, prepared.model_dir)
     except ConfigError:
         raise
     except KeyboardInterrupt:

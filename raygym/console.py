@@ -72,7 +72,7 @@ class RunConsole:
             Text(f"{rate:.0f}"),
             Text(f"{metrics['policy/logprob_abs_diff']:.0e}"),
             Text(f"{failed}", style="bold red" if failed else ""),
-            Text(_duration(self._eta(step))),
+            Text(duration(self._eta(step))),
         ]
         for cell, (_, width) in zip(cells, self._columns, strict=True):
             cell.align("right", max(width, cell.cell_len))
@@ -103,6 +103,7 @@ def sparkline(values: list[float]) -> str:
     return "".join(_SPARKS[round((value - low) / span * (len(_SPARKS) - 1))] for value in values)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people write them."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -19,7 +19,7 @@ class RunFiles:
     def __init__(self, config: RunConfig) -> None:
         """Create the directory. An earlier run of the same name is moved aside, never overwritten."""
         self.path = config.run_dir
-        self.moved_to = _move_aside(self.path)
+        self.moved_to = move_aside(self.path)
         (self.path / "trajectories").mkdir(parents=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         self._keep_trajectories = config.logging.trajectories
@@ -86,6 +86,7 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
         "episode": trajectory.episode,
         "attempt": trajectory.attempt,
         "status": trajectory.status,
+        "failure": trajectory.failure,
         "reward": trajectory.reward,
         "drifted": trajectory.drifted,
         "messages": list(trajectory.messages),
@@ -109,7 +110,8 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def _move_aside(path: Path) -> Path | None:
+def move_aside(path: Path) -> Path | None:
+    """Rename `path`, if there is one, to a free name with its time; returns that name."""
     if not path.exists():
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))

@@ -47,7 +47,19 @@ def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["config"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["config"],
+        ["train", TINY, "--samples=3"],
+        ["rollout", TINY, "--samples=0"],
+        ["rollout", TINY, "--tasks", "all"],
+        ["rollout", TINY, "--split", "test"],
+    ],
+)
 def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -60,6 +72,17 @@ def test_a_good_config_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> N
     output = capsys.readouterr().out
     assert "lr: 2.0e-06" in output
     assert "max_replaced_groups: 16" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--temperature=-1"], "validation.temperature"), (["--tasks", "3", "learner.lrr=1", "--fresh"], "learner.lrr")],
+)
+def test_options_and_overrides_of_a_rollout_mix(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rollout", TINY, *arguments]) == 2
+    assert word in capsys.readouterr().err
 
 
 @pytest.mark.ray

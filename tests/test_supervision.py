@@ -21,6 +21,7 @@ from raygym.config import EnvConfig, RolloutConfig
 from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
 from raygym.schedule import Collected, RolloutStopped
+from raygym.task_stream import Taken
 from raygym.types import EpisodeStatus, FailureKind, Task, Trajectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -153,3 +154,34 @@ def test_runners_that_are_gone_for_good_stop_the_run(ray_cluster: Any) -> None:
     assert isinstance(raised.value.cause, RolloutStopped)
     assert "EnvRunners were given up" in str(raised.value.cause)
     ray.kill(rollouts)
+
+
+def test_tasks_without_training_are_taken_as_they_are_whole(ray_cluster: Any) -> None:
+    """`play` and `take` of the manager: one task's environment always fails, and few groups may wait."""
+    envs = [broken("fine"), broken("raise")]
+    runner = start(envs)
+    config = RolloutConfig(max_concurrent=4, max_retries=1)
+    actor: Any = ray.remote(RolloutManager)
+    rollouts = actor.options(num_cpus=0, max_concurrency=8, runtime_env=IMPORTS_THIS_MODULE).remote(
+        config, envs, 0, 0, 0.0, [runner], Supervision()
+    )
+    tasks = [Task(i, "raise-step" if i == 3 else "fine-step", i, split="validation") for i in range(12)]
+    ray.get(rollouts.play.remote(tasks, 2, 2), timeout=60)
+    deadline = time.monotonic() + 60
+    taken: list[Taken] = []
+    while not taken or taken[-1].running or not taken[-1].episodes:
+        assert time.monotonic() < deadline
+        taken.append(ray.get(rollouts.take.remote(0, 0.1), timeout=60))
+    assert 4 <= taken[-1].episodes <= 10, "no task begins while two groups wait; those that had begun are finished"
+    while not taken[-1].done:
+        assert time.monotonic() < deadline
+        taken.append(ray.get(rollouts.take.remote(3, 5.0), timeout=60))
+    assert all(len(each.groups) <= 3 for each in taken)
+    whole = [group.task.index for each in taken for group in each.groups]
+    (dropped,) = [drop for each in taken for drop in each.dropped]
+    assert sorted([*whole, dropped.task.index]) == list(range(12))
+    assert dropped.task.index == 3
+    assert dropped.cause.startswith("env_error")
+    assert taken[-1].episodes == 22
+    for handle in (rollouts, runner):
+        ray.kill(handle)

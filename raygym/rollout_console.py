@@ -1,0 +1,142 @@
+"""What `raygym rollout` prints: one live line in a terminal, a line every few seconds elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from raygym.console import duration
+
+_PLAIN_EVERY_S = 5.0
+
+
+class RolloutConsole:
+    """Prints a rollout's progress and its result."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        """Nothing is printed yet.
+
+        Args:
+            total: episodes that are still to be played.
+            console: for tests.
+        """
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._total = total
+        self._started = time.monotonic()
+        self._told = self._started
+        self._status: Status | None = None
+
+    def line(self, text: str) -> None:
+        """One plain line."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Show what is being done. Where the output is no terminal, it is one line."""
+        if not self._console.is_terminal:
+            self.line(text)
+            yield
+            return
+        with self._console.status(self._fitting(text)) as status:
+            self._status = status
+            try:
+                yield
+            finally:
+                self._status = None
+
+    def start_clock(self) -> None:
+        """The episodes begin now."""
+        self._started = self._told = time.monotonic()
+
+    def progress(self, episodes: int, turns: int, tokens: int, running: int, failures: Mapping[str, int]) -> None:
+        """How far it is.
+
+        Args:
+            episodes: finished since the clock was started; so are the turns and the tokens.
+            turns: see there.
+            tokens: generated.
+            running: episodes in flight.
+            failures: attempts by kind.
+        """
+        now = time.monotonic()
+        if self._status is None and now - self._told < _PLAIN_EVERY_S:
+            return
+        self._told = now
+        elapsed = max(now - self._started, 1e-9)
+        # A guess from too few episodes is worse than none.
+        eta = duration(elapsed / episodes * (self._total - episodes)) if episodes else "?"
+        parts = [
+            f"{episodes}/{self._total} episodes",
+            f"{running} running",
+            f"{turns} turns",
+            f"{tokens / elapsed:.0f} tok/s",
+            f"eta {eta}",
+            *([f"failed {failed(failures)}"] if failures else []),
+        ]
+        text = "  ".join(parts)
+        if self._status is None:
+            self.line(text)
+        else:
+            self._status.update(self._fitting(text))
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        """The end: the whole in a few lines, each environment in a row of a table."""
+        speed = f" in {duration(result['seconds'])} ({result['tokens_per_s']:.0f} tok/s)" if result["seconds"] else ""
+        self.line(f"{result['episodes']} episodes, {result['turns']} turns, {result['tokens']} tokens{speed}")
+        if result["failures"]:
+            self.line(f"failed attempts: {failed(result['failures'])}; tasks dropped: {result['dropped_tasks']}")
+        if result["reward"] is None:
+            self.line("no task was completed: there is no reward to tell")
+            return
+        error = result["reward_stderr"]
+        self.line(f"reward {result['reward']:.3f}" + (f" ± {error:.3f} (standard error)" if error is not None else ""))
+        passed = "  ".join(f"pass@{k} {value:.3f}" for k, value in result["pass_at"].items())
+        self.line(f"{passed}  (success: reward >= {result['success']:g})")
+        self._rows(result)
+
+    def _rows(self, result: Mapping[str, Any]) -> None:
+        ks = list(dict.fromkeys(("1", max(result["pass_at"], key=int))))
+        titles = ["episodes", "reward", *(f"pass@{k}" for k in ks), "turns", "drift", "failed", "dropped"]
+        rows = [
+            [
+                str(row["episodes"]),
+                _number(row["reward"], ".3f"),
+                *(_number(row["pass_at"].get(k), ".3f") for k in ks),
+                _number(row["turns_mean"], ".1f"),
+                _number(row["drift_rate"], ".1%"),
+                str(sum(row["failures"].values())),
+                str(row["dropped_tasks"]),
+            ]
+            for row in result["envs"].values()
+        ]
+        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+        names = ["environment", *result["envs"]]
+        longest = max(map(len, names))
+        if self._console.is_terminal:
+            longest = max(8, min(longest, self._console.width - sum(widths) - 2 * len(widths)))
+        for name, cells in zip(names, [titles, *rows], strict=True):
+            # Names of one package begin alike, so the end is what tells them apart.
+            short = name if len(name) <= longest else "…" + name[1 - longest :]
+            line = short.ljust(longest) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths, strict=True))
+            self._console.print(Text(line, style="dim" if cells is titles else ""))
+
+    def _fitting(self, text: str) -> Text:
+        """Cut to one line, beside the spinner: a live line that wraps leaves its upper half behind."""
+        fitting = Text(text, no_wrap=True)
+        fitting.truncate(max(10, self._console.width - 3), overflow="ellipsis")
+        return fitting
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def failed(failures: Mapping[str, int]) -> str:
+    """Failed attempts in a few words: how many, and of which kinds."""
+    return f"{sum(failures.values())} ({', '.join(f'{kind} {count}' for kind, count in failures.items())})"
