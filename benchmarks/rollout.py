@@ -7,13 +7,13 @@ episodes may run at once, everything else taking no time. Last line: one JSON ob
 from __future__ import annotations
 
 import argparse
-import heapq
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from harness import report
+from harness.handle_round_trip import handle_round_trip_s
+from harness.ideal import makespan_s
 from harness.rollout_stack import Measured, rollout_stack
 
 from raygym.simulate import SimulatedConfig, draw_latency_s, generator
@@ -45,7 +45,24 @@ def efficiency_64(repetitions: int) -> dict[str, list[float]]:
 
 def efficiency_1024(repetitions: int) -> dict[str, list[float]]:
     """1,024 episodes at once, 2 s a turn."""
-    return efficiency("1024", {"turn_latency_s": 2.0}, 1024, 2048, repetitions)
+    samples = efficiency("1024", {"turn_latency_s": 2.0}, 1024, 2048, repetitions)
+    # Of the RolloutManager, and at this load: 1,024 times 2 s.
+    return samples | {"loop_lag_ms_p99": samples["loop_lag_ms_p99_1024"]}
+
+
+def overhead(repetitions: int) -> dict[str, list[float]]:
+    """The time of a turn beyond the engine's: alone, over one Serve-handle call; and of 16 episodes at 100 ms."""
+    samples: dict[str, list[float]] = {}
+    rollout = {"groups_per_step": 20, "group_size": 2, "max_concurrent": 1}
+    with rollout_stack({}, rollout, turns=TURNS, steps=repetitions + 1) as stack:
+        stack.collect()
+        for _ in range(repetitions):
+            turn_s = float(np.median([turn.generate_s for t in trajectories(stack.collect()) for turn in t.turns]))
+            handle_s = handle_round_trip_s()
+            add(samples, {"overhead_ms_p50": turn_s * 1000, "handle_round_trip_ms_p50": handle_s * 1000})
+            add(samples, {"overhead_over_handle_round_trip_p50": turn_s / handle_s})
+    at_16 = efficiency("16", {"turn_latency_s": 0.1}, 16, 128, repetitions)
+    return samples | {"overhead_ms_p99": at_16["overhead_ms_p99_16"], "efficiency_16": at_16["efficiency_16"]}
 
 
 def saturation(repetitions: int) -> dict[str, list[float]]:
@@ -83,7 +100,8 @@ def efficiency(name: str, simulated: dict[str, Any], places: int, episodes: int,
             add(
                 samples,
                 {
-                    f"efficiency_{name}": ideal_s([sum(ss) for ss in drawn], places) / measured.seconds,
+                    f"efficiency_{name}": makespan_s([sum(ss) for ss in drawn], places) / measured.seconds,
+                    f"loop_lag_ms_p99_{name}": measured.collected.loop_lag_ms[1],
                     f"overhead_ms_p50_{name}": float(np.percentile(overheads, 50)) * 1000,
                     f"overhead_ms_p99_{name}": float(np.percentile(overheads, 99)) * 1000,
                     **{f"cpu_ms_per_turn_{kind}_{name}": s / turns * 1000 for kind, s in measured.cpu_s.items()},
@@ -92,7 +110,7 @@ def efficiency(name: str, simulated: dict[str, Any], places: int, episodes: int,
     return samples
 
 
-MEASUREMENTS = {"64": efficiency_64, "1024": efficiency_1024, "saturation": saturation}
+MEASUREMENTS = {"64": efficiency_64, "1024": efficiency_1024, "overhead": overhead, "saturation": saturation}
 
 
 def trajectories(measured: Measured) -> list[Trajectory]:
@@ -108,14 +126,6 @@ def latencies_s(config: SimulatedConfig, trajectory: Trajectory) -> list[float]:
         version = int(trajectory.weight_versions[turn.start])
         drawn.append(draw_latency_s(config, generator(trajectory.token_ids[: turn.start], seed, version)))
     return drawn
-
-
-def ideal_s(durations: Sequence[float], places: int) -> float:
-    """Makespan of list scheduling, longest first, on `places` machines."""
-    ends = [0.0] * places
-    for duration in sorted(durations, reverse=True):
-        heapq.heappush(ends, heapq.heappop(ends) + duration)
-    return max(ends)
 
 
 def add(samples: dict[str, list[float]], values: dict[str, float]) -> None:
