@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from harness import report
 from harness.handle_round_trip import handle_round_trip_s
-from harness.ideal import makespan_s
+from harness.ideal import makespan_s, steady_s
 from harness.rollout_stack import Measured, rollout_stack
 
 from raygym.simulate import SimulatedConfig, draw_latency_s, generator
@@ -48,6 +48,32 @@ def efficiency_1024(repetitions: int) -> dict[str, list[float]]:
     samples = efficiency("1024", {"turn_latency_s": 2.0}, 1024, 2048, repetitions)
     # Of the RolloutManager, and at this load: 1,024 times 2 s.
     return samples | {"loop_lag_ms_p99": samples["loop_lag_ms_p99_1024"]}
+
+
+def heavy_tail(repetitions: int, places: int = 1024) -> dict[str, list[float]]:
+    """Log-normal turns of 2 s in the mean, steps that overlap, over-sampling on: what was delivered over what could be.
+
+    Episodes that were started and thrown away are no part of the ideal, so they count against us.
+    """
+    samples: dict[str, list[float]] = {}
+    simulated = {"turn_latency_s": 2.0, "latency_sigma": 1.0}
+    config = SimulatedConfig(**{"max_model_len": 8192, **simulated})
+    rollout = {"groups_per_step": places // 4, "group_size": 4, "max_concurrent": places, "max_staleness": 1}
+    rollout |= {"order": "completion", "over_sampling": 0.5}
+    # The first steps fill the pipeline, and a last one is never collected: nothing may drain while we measure.
+    warm_up = 2
+    with rollout_stack(simulated, rollout, turns=TURNS, steps=warm_up + 2 * repetitions + 3) as stack:
+        for _ in range(warm_up):
+            stack.collect()
+        for _ in range(repetitions):
+            pair = [stack.collect(), stack.collect()]
+            played = [t for measured in pair for t in trajectories(measured)]
+            durations = [sum(latencies_s(config, t)) for t in played]
+            ideal_s, seconds = steady_s(durations, places), sum(measured.seconds for measured in pair)
+            dropped = sum(len(measured.collected.dropped) for measured in pair)
+            add(samples, {"efficiency_heavy_tail": ideal_s / seconds, "dropped_groups_heavy_tail": dropped})
+            add(samples, {"episodes_per_s_heavy_tail": len(played) / seconds})
+    return samples
 
 
 def overhead(repetitions: int) -> dict[str, list[float]]:
@@ -110,7 +136,13 @@ def efficiency(name: str, simulated: dict[str, Any], places: int, episodes: int,
     return samples
 
 
-MEASUREMENTS = {"64": efficiency_64, "1024": efficiency_1024, "overhead": overhead, "saturation": saturation}
+MEASUREMENTS = {
+    "64": efficiency_64,
+    "1024": efficiency_1024,
+    "heavy_tail": heavy_tail,
+    "overhead": overhead,
+    "saturation": saturation,
+}
 
 
 def trajectories(measured: Measured) -> list[Trajectory]:
