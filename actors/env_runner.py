@@ -31,13 +31,14 @@ from raygym.nemo_gym.agent import run_agent_episode
 from raygym.places import Places
 from raygym.tool_calls import ToolCalls
 from raygym.tool_parsers import tool_parser
-from raygym.types import Sampling, Task, Trajectory
+from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
 
 logger = logging.getLogger(__name__)
 # Calls beside the episodes, such as `ping`, that must get through when all episode slots are taken.
 _SPARE_CONCURRENCY = 16
 # Environments may have other tools for each task; their renderers cost milliseconds to verify.
 _RENDERERS_KEPT = 256
+_NOBODY_WAITS = "its RolloutManager is gone"
 
 
 class EnvRunner:
@@ -79,8 +80,10 @@ class EnvRunner:
         self._generate = generate or TurnExchange(deployment, app)
         self._served_version = ServedVersion(deployment, app)
         self._envs = {config.label: config for config in envs}
-        self._running = 0
         self._places = Places()
+        # Episodes that run or wait for their place, and the number of their attempt.
+        self._episodes: dict[asyncio.Task[Any], int] = {}
+        self._first_attempt = 0
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self._parser = tool_parser(parser, model_dir)
         self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()
@@ -105,15 +108,22 @@ class EnvRunner:
 
         Raises:
             EnvError: the task names an environment that this runner does not host.
+            EpisodeFailure: `cancelled`, see `abandon_before`.
         """
         config = self._envs.get(task.env)
         if config is None:
             raise EnvError(
                 f"task {task.index} wants environment {task.env!r}; this runner hosts {', '.join(self._envs)}"
             )
-        await self._places.take(places)
-        self._running += 1
+        if attempt < self._first_attempt:
+            raise EpisodeFailure(FailureKind.CANCELLED, _NOBODY_WAITS)
+        running = asyncio.current_task()
+        assert running is not None
+        self._episodes[running] = attempt
+        placed = False
         try:
+            await self._places.take(places)
+            placed = True
             if config.nemo_gym is not None and config.nemo_gym.mode == "agent":
                 return await run_agent_episode(
                     config.kwargs["play"],
@@ -139,13 +149,28 @@ class EnvRunner:
                     sampling=sampling,
                     run_seed=self._run_seed,
                 )
+        except asyncio.CancelledError:
+            if attempt < self._first_attempt:
+                raise EpisodeFailure(FailureKind.CANCELLED, _NOBODY_WAITS) from None
+            raise
         finally:
-            self._running -= 1
-            self._places.leave()
+            del self._episodes[running]
+            if placed:
+                self._places.leave()
 
     async def ping(self) -> int:
         """How many episodes are running: an answer means that the event loop is alive."""
-        return self._running
+        return len(self._episodes)
+
+    async def abandon_before(self, attempt: int) -> None:
+        """Nobody waits for attempts of a lower number: end those that run, and refuse those that still come.
+
+        Their RolloutManager is gone, and without this they would hold their places up to their deadlines.
+        """
+        self._first_attempt = attempt
+        for episode, number in self._episodes.items():
+            if number < attempt:
+                episode.cancel()
 
     @asynccontextmanager
     async def _host(self, config: EnvConfig) -> AsyncIterator[Host]:

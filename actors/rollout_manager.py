@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledE
 from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.loop_lag import LoopLag
-from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions
+from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
 from raygym.task_stream import Taken, TaskStream
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
@@ -41,11 +41,13 @@ class RolloutManager:
         validation_temperature: float,
         runners: Sequence[ActorHandle[Any]],
         supervision: Supervision | None = None,
+        state: SchedulerState | None = None,
     ) -> None:
+        state = state or SchedulerState()
         given = {name: getattr(config, name) for name in SchedulerOptions.__slots__ if name != "steps"}
-        cursor = TaskCursor([(env.label, env.weight) for env in envs], seed)
+        cursor = TaskCursor([(env.label, env.weight) for env in envs], seed, state.cursor)
         self._options = SchedulerOptions(**given, steps=steps)
-        self._scheduler = Scheduler(cursor, self._options, time.monotonic)
+        self._scheduler = Scheduler(cursor, self._options, time.monotonic, state)
         self._scheduler.ahead = math.ceil(_AHEAD * config.max_concurrent)
         self._stream: TaskStream | None = None
         self._alarm: asyncio.TimerHandle | None = None
@@ -57,6 +59,11 @@ class RolloutManager:
             "validation": Sampling(validation_temperature, most_tokens),
         }
         self._runners = list(runners)
+        if state.restarts:
+            for runner in self._runners:
+                # It comes before every episode of this manager. A runner that is dead has none, and one that hangs is
+                # noticed by its supervisor, so nobody waits for the answers.
+                runner.abandon_before.remote(self._scheduler.first_attempt)
         self._supervision = supervision or Supervision()
         self._supervisor: RunnerSupervisor | None = None
         self._calls: dict[Assignment, asyncio.Task[None]] = {}
@@ -216,6 +223,18 @@ class RolloutManager:
             return EpisodeFailure(FailureKind.ENV_ERROR, f"its EnvRunner: {error}")
         finally:
             supervisor.release(index)
+
+
+def start_manager(*args: Any, actor_options: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    """Start a RolloutManager actor; returns before it is up.
+
+    Args:
+        args: RolloutManager's, as are all others but actor_options.
+        actor_options: Ray's options for the actor, over the defaults (no CPU reserved).
+    """
+    actor: Any = ray.remote(RolloutManager)
+    # collect, validate, set_version and progress may all be waiting at the same moment.
+    return actor.options(**{"num_cpus": 0, "max_concurrency": 16, **(actor_options or {})}).remote(*args, **kwargs)
 
 
 def _deadline_s(config: RolloutConfig, env: EnvConfig) -> float:

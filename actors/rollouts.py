@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,16 +9,16 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from raygym.actors.env_runner import start_env_runner
+from raygym.actors.kept_manager import KeptManager
 from raygym.actors.policy_server import DEPLOYMENT
-from raygym.actors.rollout_manager import RolloutManager
+from raygym.actors.rollout_manager import start_manager
 from raygym.actors.serving import app_name
 from raygym.config import RunConfig
 from raygym.episode import EpisodeLimits
-from raygym.schedule import Collected, RolloutStopped
+from raygym.schedule import Collected, RolloutStopped, SchedulerState
 from raygym.task_stream import Taken
 from raygym.types import Task
 
-_HEARTBEAT_S = 2.0
 _ANSWER_TIMEOUT_S = 60.0
 
 
@@ -61,16 +60,14 @@ class Rollouts:
             )
             for _ in range(rollout.env_runners)
         ]
-        actor: Any = ray.remote(RolloutManager)
-        # collect, validate, set_version and progress may all be waiting at the same moment.
-        self._manager = actor.options(num_cpus=0, max_concurrency=16).remote(
-            rollout,
-            config.envs,
-            config.seed,
-            config.steps,
-            config.validation.temperature,
-            self._runners,
-        )
+
+        def start(state: SchedulerState) -> Any:
+            temperature = config.validation.temperature
+            return start_manager(
+                rollout, config.envs, config.seed, config.steps, temperature, self._runners, state=state
+            )
+
+        self._manager = KeptManager(start)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Block until every runner has made its environments once.
@@ -80,21 +77,21 @@ class Rollouts:
         """
         try:
             ray.get([runner.ping.remote() for runner in self._runners], timeout=timeout_s)
-            ray.get(self._manager.progress.remote(), timeout=timeout_s)
+            ray.get(self._manager.manager.progress.remote(), timeout=timeout_s)
         except GetTimeoutError as error:
             raise TimeoutError(f"an EnvRunner or the RolloutManager was not up within {timeout_s} s") from error
 
     def collect(self, step: int, progress: Callable[[str], None]) -> Collected:
         """The whole groups of `step`. Raises RolloutStopped when they cannot be had."""
-        return self._watch(self._manager.collect.remote(step), progress)
+        return self._manager.collect(step, progress)
 
     def validate(self, tasks: Sequence[Task], progress: Callable[[str], None]) -> Collected:
         """One episode of each validation task."""
-        return self._watch(self._manager.validate.remote(list(tasks)), progress)
+        return self._manager.validate(list(tasks), progress)
 
     def play(self, tasks: Sequence[Task], samples: int, most_waiting: int) -> None:
         """Begin to play each task `samples` times, with a pause while `most_waiting` whole groups wait for `take`."""
-        ray.get(self._manager.play.remote(list(tasks), samples, most_waiting), timeout=_ANSWER_TIMEOUT_S)
+        ray.get(self._manager.manager.play.remote(list(tasks), samples, most_waiting), timeout=_ANSWER_TIMEOUT_S)
 
     def take(self, most: int, wait_s: float) -> Taken:
         """At most `most` finished groups of `play`, as soon as there is one; none after `wait_s` seconds.
@@ -104,7 +101,7 @@ class Rollouts:
             TimeoutError: the manager does not answer.
         """
         try:
-            taken: Taken = ray.get(self._manager.take.remote(most, wait_s), timeout=wait_s + _ANSWER_TIMEOUT_S)
+            taken: Taken = ray.get(self._manager.manager.take.remote(most, wait_s), timeout=wait_s + _ANSWER_TIMEOUT_S)
             return taken
         except GetTimeoutError as error:
             raise TimeoutError(f"the RolloutManager did not answer within {wait_s + _ANSWER_TIMEOUT_S} s") from error
@@ -115,28 +112,11 @@ class Rollouts:
 
     def set_version(self, version: int) -> None:
         """Tell the manager which version the engines serve."""
-        ray.get(self._manager.set_version.remote(version), timeout=_ANSWER_TIMEOUT_S)
-
-    def _watch(self, reference: Any, progress: Callable[[str], None]) -> Collected:
-        # Episodes keep their own deadlines, so the wait itself needs none; that the manager answers is checked instead.
-        started = time.monotonic()
-        while not ray.wait([reference], timeout=_HEARTBEAT_S)[0]:
-            try:
-                text = ray.get(self._manager.progress.remote(), timeout=_ANSWER_TIMEOUT_S)
-            except GetTimeoutError as error:
-                raise TimeoutError(f"the RolloutManager did not answer within {_ANSWER_TIMEOUT_S} s") from error
-            progress(f"{text}, {time.monotonic() - started:.0f} s")
-        try:
-            collected: Collected = ray.get(reference, timeout=_ANSWER_TIMEOUT_S)
-            return collected
-        except RayTaskError as error:
-            if isinstance(error.cause, RolloutStopped):
-                raise RolloutStopped(*error.cause.args) from None
-            raise
+        self._manager.set_version(version)
 
     def shutdown(self) -> None:
         """End the manager and all runners."""
-        for actor in (self._manager, *self._runners):
+        for actor in (self._manager.manager, *self._runners):
             try:
                 ray.kill(actor)
             except RayActorError:

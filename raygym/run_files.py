@@ -42,7 +42,10 @@ class RunFiles:
             self._append(name, *(trajectory_record(t) for t in trajectories))
 
     def ledger(self, step: int, collected: Collected) -> None:
-        """Account for every task of a step that was trained: trained once, or dropped with its cause."""
+        """Account for every task of a step that was trained: trained once, or dropped with its cause.
+
+        Beside it, `scheduler.json` says where the scheduler stood after this step.
+        """
         trained = [
             {"step": step, "task": group.task.index, "env": group.task.env, "group_id": group.group_id, "trained": True}
             for group in collected.groups
@@ -60,6 +63,10 @@ class RunFiles:
             if drop.task.split == "train"
         ]
         self._append("ledger.jsonl", *trained, *dropped)
+        # Whole or not at all: whoever goes on from it must not find half of it.
+        partial = self.path / "scheduler.json.partial"
+        partial.write_text(json.dumps(collected.state.to_json()) + "\n", encoding="utf-8")
+        partial.replace(self.path / "scheduler.json")
 
     def summary(self, result: Mapping[str, Any]) -> None:
         """Write summary.json, the run's end."""

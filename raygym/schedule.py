@@ -8,14 +8,17 @@ cause, and the next task of the order takes its place.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from raygym.failure_budget import FailureBudget
+from raygym.open_group import Dropped, Events, GroupState, OpenGroup, SchedulerState
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
+
+__all__ = ["Assignment", "Collected", "Dropped", "RolloutStopped", "Scheduler", "SchedulerOptions", "SchedulerState"]
 
 
 class RolloutStopped(RuntimeError):
@@ -54,15 +57,6 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """A task that was given up, and why."""
-
-    task: Task
-    group_id: str
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
 class Collected:
     """What one step (or one validation) gave."""
 
@@ -74,35 +68,10 @@ class Collected:
     """The same by environment."""
     loop_lag_ms: tuple[float, float] = (0.0, 0.0)
     """Of the RolloutManager meanwhile: median and 99th percentile."""
-
-
-@dataclass(slots=True)
-class _OpenGroup:
-    group_id: str
-    task: Task
-    size: int
-    admitted_at: int
-    """Weight version: no token of it is older."""
-    slot: int = -1
-    """Its place in the order of steps; -1 in completion order and for validation."""
-    spare: int = 0
-    """Episodes beyond `size` that may be lost without the group being lost."""
-    finished: dict[int, Trajectory] = field(default_factory=dict)
-    started_s: float | None = None
-
-    def whole(self) -> bool:
-        return len(self.finished) == self.size
-
-    def close(self) -> Group:
-        return Group(self.group_id, self.task, tuple(self.finished[i] for i in sorted(self.finished)))
-
-
-@dataclass(slots=True)
-class _Events:
-    """Of one split, since its last collection."""
-
-    dropped: list[Dropped] = field(default_factory=list)
-    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    state: SchedulerState = field(default_factory=SchedulerState)
+    """What is left to do after this."""
+    manager_restarts: int = 0
+    """RolloutManagers that were lost since the last collection."""
 
 
 class Scheduler:
@@ -111,24 +80,35 @@ class Scheduler:
     After any call, `obsolete` has running attempts whose outcome no longer matters.
     """
 
-    def __init__(self, cursor: TaskCursor, options: SchedulerOptions, clock: Callable[[], float] = lambda: 0.0) -> None:
-        """Nothing is admitted yet.
+    def __init__(
+        self,
+        cursor: TaskCursor,
+        options: SchedulerOptions,
+        clock: Callable[[], float] = lambda: 0.0,
+        state: SchedulerState | None = None,
+    ) -> None:
+        """Nothing runs yet.
 
         Args:
             cursor: the order of tasks.
             options: see there.
             clock: seconds, for `group_deadline_s`.
+            state: where an earlier scheduler of the run stood, as its `successor`; the cursor stands there. Groups
+                that it owes are played again as the same groups; attempts have higher numbers than any of its own.
         """
         self._cursor = cursor
         self._options = options
         self._clock = clock
         self._budget = FailureBudget(options.max_retries, options.retries, options.max_failures_in_a_row)
-        self._version = 0
-        self._delivered = 0
-        self._slots_given = 0
-        self._train: dict[str, _OpenGroup] = {}
+        state = state or SchedulerState()
+        assert cursor.state() == state.cursor, (cursor.state(), state.cursor)
+        self._restarts = state.restarts
+        self._version = state.version
+        self._delivered = state.delivered
+        self._slots_given = state.slots_given
+        self._train: dict[str, OpenGroup] = {}
         self._whole: list[str] = []
-        self._validation: dict[str, _OpenGroup] = {}
+        self._validation: dict[str, OpenGroup] = {}
         self._waiting: deque[Assignment] = deque()
         self._waiting_validation: deque[Assignment] = deque()
         # In the order of their start.
@@ -136,13 +116,16 @@ class Scheduler:
         self._running_validation = 0
         # In order, each once.
         self._obsolete: dict[Assignment, None] = {}
-        self._events = {"train": _Events(), "validation": _Events()}
-        self._replaced_in_a_row = 0
-        self._uniform_in_a_row = 0
+        self._events = {"train": Events(), "validation": Events()}
+        self._replaced_in_a_row = state.replaced_in_a_row
+        self._uniform_in_a_row = state.uniform_in_a_row
         self.max_concurrent = options.max_concurrent
         """Episodes at once; may be changed at any time."""
         self.ahead = 0
         """So many more are handed out, for whoever runs them to have the next one at hand."""
+        self.first_attempt = state.restarts * (1 + max(options.max_retries, *options.retries.values(), 0))
+        """Number of the first attempt at each episode; that of an earlier scheduler's last one is lower."""
+        self._restore(state)
 
     @property
     def running(self) -> int:
@@ -157,6 +140,22 @@ class Scheduler:
             return f"{done} of {len(self._validation)} validation tasks done, {running} episodes running"
         return f"{len(self._whole)} of {len(self._train)} groups whole, {running} episodes running"
 
+    def state(self) -> SchedulerState:
+        """What a scheduler that follows this one must know; small, at any moment."""
+        events = self._events["train"]
+        return SchedulerState(
+            version=self._version,
+            cursor=self._cursor.state(),
+            delivered=self._delivered,
+            slots_given=self._slots_given,
+            groups=tuple(GroupState(g.task.index, g.slot, g.admitted_at) for g in self._train.values()),
+            dropped=tuple((drop.task.index, drop.cause) for drop in events.dropped),
+            failures=tuple((env, kind, count) for (env, kind), count in events.failures.items()),
+            replaced_in_a_row=self._replaced_in_a_row,
+            uniform_in_a_row=self._uniform_in_a_row,
+            restarts=self._restarts,
+        )
+
     def set_version(self, version: int) -> None:
         """The engines now serve `version`: groups of steps up to `version + max_staleness` may start."""
         assert version >= self._version, (version, self._version)
@@ -166,9 +165,9 @@ class Scheduler:
         """Queue each task once. While training waits as well, validation has half of the places."""
         assert not self._validation, "the previous validation was not collected"
         for task in tasks:
-            group = _OpenGroup(f"validation-{self._version}-{task.index}", task, 1, self._version)
+            group = OpenGroup(f"validation-{self._version}-{task.index}", task, 1, self._version)
             self._validation[group.group_id] = group
-        self._waiting_validation.extend(Assignment(g.group_id, g.task, 0, 0) for g in self._validation.values())
+        self._waiting_validation.extend(self._first(g, 0) for g in self._validation.values())
 
     def start(self) -> list[Assignment]:
         """Episodes to start now; they count as running until `finish` is called with each."""
@@ -210,7 +209,7 @@ class Scheduler:
                 f"environment {env!r} failed {count} times in a row, no episode of it finished in between "
                 f"(rollout.max_failures_in_a_row); the last, of task seed {assignment.task.seed}: {kind}: {detail}"
             )
-        if self._budget.may_retry(kind, assignment.attempt):
+        if self._budget.may_retry(kind, assignment.attempt - self.first_attempt):
             retry = Assignment(assignment.group_id, assignment.task, assignment.episode, assignment.attempt + 1)
             (self._waiting_validation if group.group_id in self._validation else self._waiting).appendleft(retry)
         elif group.spare:
@@ -263,7 +262,7 @@ class Scheduler:
         self._validation = {}
         return self._collected(groups, "validation")
 
-    def _expiries(self) -> list[tuple[_OpenGroup, float]]:
+    def _expiries(self) -> list[tuple[OpenGroup, float]]:
         limit = self._options.group_deadline_s
         if limit is None:
             return []
@@ -283,24 +282,37 @@ class Scheduler:
         ahead = min((self._version + 1 + options.max_staleness) * options.groups_per_step, total)
         if options.order == "task":
             while self._slots_given < ahead:
-                self._open(self._slots_given)
+                self._open(self._cursor.next(), self._slots_given, self._version)
                 self._slots_given += 1
         elif self._delivered < total:
             extra = math.ceil(options.over_sampling * options.groups_per_step)
             while self._delivered + len(self._train) < ahead + extra:
-                self._open(-1)
+                self._open(self._cursor.next(), -1, self._version)
 
-    def _open(self, slot: int, *, first: bool = False) -> None:
-        task, size, spare = self._cursor.next(), self._options.group_size, self._options.extra_episodes
-        group = _OpenGroup(f"{task.split}-{task.index}", task, size, self._version, slot, spare)
+    def _restore(self, state: SchedulerState) -> None:
+        events = self._events["train"]
+        for index, cause in state.dropped:
+            task = self._cursor.task(index)
+            events.dropped.append(Dropped(task, f"{task.split}-{index}", cause))
+        events.failures.update({(env, kind): count for env, kind, count in state.failures})
+        # The oldest step first: a group that replaced another was admitted later than its place tells.
+        for group in sorted(state.groups, key=lambda group: group.slot):
+            self._open(self._cursor.task(group.task), group.slot, group.admitted_at)
+
+    def _open(self, task: Task, slot: int, admitted_at: int, *, first: bool = False) -> None:
+        size, spare = self._options.group_size, self._options.extra_episodes
+        group = OpenGroup(f"{task.split}-{task.index}", task, size, admitted_at, slot, spare)
         self._train[group.group_id] = group
-        episodes = [Assignment(group.group_id, task, episode, 0) for episode in range(size + spare)]
+        episodes = [self._first(group, episode) for episode in range(size + spare)]
         if first:
             self._waiting.extendleft(reversed(episodes))
         else:
             self._waiting.extend(episodes)
 
-    def _complete(self, group: _OpenGroup) -> None:
+    def _first(self, group: OpenGroup, episode: int) -> Assignment:
+        return Assignment(group.group_id, group.task, episode, self.first_attempt)
+
+    def _complete(self, group: OpenGroup) -> None:
         self._replaced_in_a_row = 0
         self._forget(group)
         if group.group_id in self._validation:
@@ -319,7 +331,7 @@ class Scheduler:
             )
         self._replace(group, f"no_spread: all {self._options.group_size} rewards were {rewards.pop():g}")
 
-    def _give_up(self, group: _OpenGroup, cause: str) -> None:
+    def _give_up(self, group: OpenGroup, cause: str) -> None:
         self._replaced_in_a_row += 1
         if self._replaced_in_a_row > self._options.max_replaced_groups:
             raise RolloutStopped(
@@ -328,13 +340,13 @@ class Scheduler:
             )
         self._replace(group, cause)
 
-    def _replace(self, group: _OpenGroup, cause: str) -> None:
+    def _replace(self, group: OpenGroup, cause: str) -> None:
         self._drop(group, cause)
         if group.task.split != "validation" and group.slot >= 0:
             # It belongs to the oldest step that still waits, so it goes before everything younger.
-            self._open(group.slot, first=True)
+            self._open(self._cursor.next(), group.slot, self._version, first=True)
 
-    def _drop(self, group: _OpenGroup, cause: str) -> None:
+    def _drop(self, group: OpenGroup, cause: str) -> None:
         self._events[group.task.split].dropped.append(Dropped(group.task, group.group_id, cause))
         self._forget(group)
         self._validation.pop(group.group_id, None)
@@ -342,20 +354,20 @@ class Scheduler:
         if group.group_id in self._whole:
             self._whole.remove(group.group_id)
 
-    def _forget(self, group: _OpenGroup) -> None:
+    def _forget(self, group: OpenGroup) -> None:
         """No further attempt at this group is wanted."""
         self._waiting = deque(a for a in self._waiting if a.group_id != group.group_id)
         self._waiting_validation = deque(a for a in self._waiting_validation if a.group_id != group.group_id)
         self._obsolete |= dict.fromkeys(a for a in self._running if a.group_id == group.group_id)
 
-    def _by_slot(self, step: int) -> list[_OpenGroup] | None:
+    def _by_slot(self, step: int) -> list[OpenGroup] | None:
         size = self._options.groups_per_step
         by_slot = {group.slot: group for group in self._train.values() if group.slot // size == step}
         if len(by_slot) < size or any(group.group_id not in self._whole for group in by_slot.values()):
             return None
         return [by_slot[slot] for slot in sorted(by_slot)]
 
-    def _by_completion(self, step: int) -> list[_OpenGroup] | None:
+    def _by_completion(self, step: int) -> list[OpenGroup] | None:
         due = [group for group in self._train.values() if self._last_step(group) <= step]
         if not self._options.over_sampling and any(group.group_id not in self._whole for group in due):
             return None
@@ -365,7 +377,7 @@ class Scheduler:
         chosen = sorted(self._whole, key=lambda group_id: group_id not in urgent)[:size]
         return [self._train[group_id] for group_id in chosen] if len(chosen) == size else None
 
-    def _last_step(self, group: _OpenGroup) -> int:
+    def _last_step(self, group: OpenGroup) -> int:
         return group.admitted_at + self._options.max_staleness
 
     def _drop_stale(self, step: int) -> None:
@@ -374,18 +386,13 @@ class Scheduler:
             if last or self._last_step(group) <= step:
                 self._drop(group, "surplus: other groups were whole first (rollout.over_sampling)")
 
-    def _open_group(self, group_id: str) -> _OpenGroup | None:
+    def _open_group(self, group_id: str) -> OpenGroup | None:
         return self._train.get(group_id) or self._validation.get(group_id)
 
-    def _collected(self, groups: list[_OpenGroup], split: str) -> Collected:
-        events, self._events[split] = self._events[split], _Events()
-        by_kind: Counter[str] = Counter()
-        by_env: Counter[str] = Counter()
-        for (env, kind), count in events.failures.items():
-            by_kind[kind] += count
-            by_env[env] += count
+    def _collected(self, groups: list[OpenGroup], split: str) -> Collected:
+        events, self._events[split] = self._events[split], Events()
         whole = tuple(group.close() for group in groups)
-        return Collected(whole, tuple(events.dropped), dict(by_kind), dict(by_env))
+        return Collected(whole, tuple(events.dropped), events.by_kind(), events.by_env(), state=self.state())
 
 
 def _failure(outcome: Trajectory | EpisodeFailure) -> tuple[str, str]:

@@ -39,8 +39,11 @@ class TaskCursor:
 
     def next(self) -> Task:
         """The next task. Its environment is drawn by weight; its seed occurs once in 2^31 tasks."""
-        index = self._position
         self._position += 1
+        return self.task(self._position - 1)
+
+    def task(self, index: int) -> Task:
+        """The task at a place of the order, from 0."""
         # Without the last bound, rounding at the upper end still lands on the last environment.
         point = _hash("env", self._seed, index) / _SEEDS * self._bounds[-1]
         label = self._labels[bisect(self._bounds[:-1], point)]

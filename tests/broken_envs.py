@@ -64,3 +64,7 @@ async def says_ten(prompt_token_ids, sampling, session_id):
 async def says_ten_slowly(prompt_token_ids, sampling, session_id):
     await asyncio.sleep(0.3)
     return await says_ten(prompt_token_ids, sampling, session_id)
+
+
+async def says_ten_for_ever(prompt_token_ids, sampling, session_id):
+    await asyncio.sleep(600)

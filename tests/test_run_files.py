@@ -16,8 +16,9 @@ from raygym.batch import train_sequences
 from raygym.config import RunConfig, load_config, parse_config
 from raygym.console import RunConsole, sparkline
 from raygym.metrics import rollout_metrics, validation_metrics
+from raygym.open_group import GroupState
 from raygym.run_files import RunFiles
-from raygym.schedule import Collected, Dropped
+from raygym.schedule import Collected, Dropped, SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
 
 
@@ -48,7 +49,12 @@ def collected() -> Collected:
         Group(f"train-{task.index}", task, tuple(trajectory(task, e, rewards[e]) for e in range(2)))
         for task, rewards in zip(tasks, [(0.0, 1.0), (0.5, 0.5)], strict=True)
     )
-    return Collected(groups, (Dropped(Task(2, "a", 7), "train-2", "env_error: boom"),), {"env_error": 4})
+    return Collected(
+        groups,
+        (Dropped(Task(2, "a", 7), "train-2", "env_error: boom"),),
+        {"env_error": 4},
+        state=SchedulerState(cursor=4, delivered=2, groups=(GroupState(3, -1, 0),), failures=(("a", "env_lost", 1),)),
+    )
 
 
 @pytest.fixture
@@ -100,6 +106,7 @@ def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> 
     ledger = [json.loads(line) for line in (files.path / "ledger.jsonl").read_text().splitlines()]
     assert [(line["task"], line["trained"]) for line in ledger] == [(0, True), (1, True), (2, False)]
     assert ledger[2]["cause"] == "env_error: boom"
+    assert SchedulerState.from_json(json.loads((files.path / "scheduler.json").read_text())) == collected().state
     events = EventAccumulator(str(files.path / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("reward/mean")] == [0.25]
     assert files.moved_to is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygym.config import ConfigError, RolloutConfig, parse_config
-from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions
+from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
 from raygym.tasks import TaskCursor, validation_tasks
 from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Sampling, Trajectory
 
@@ -28,7 +29,7 @@ class Clock:
         return self.now
 
 
-def scheduler(clock: Clock | None = None, **changes: Any) -> Scheduler:
+def scheduler(clock: Clock | None = None, state: SchedulerState | None = None, **changes: Any) -> Scheduler:
     options: dict[str, Any] = {
         "groups_per_step": 2,
         "group_size": 2,
@@ -38,7 +39,8 @@ def scheduler(clock: Clock | None = None, **changes: Any) -> Scheduler:
         "max_retries": 1,
         "max_replaced_groups": 5,
     }
-    return Scheduler(TaskCursor(ENVS, seed=0), SchedulerOptions(**(options | changes)), clock or Clock())
+    cursor = TaskCursor(ENVS, seed=0, position=state.cursor if state else 0)
+    return Scheduler(cursor, SchedulerOptions(**(options | changes)), clock or Clock(), state)
 
 
 def played(assignment: Assignment, reward: float = 1.0) -> Trajectory:
@@ -76,6 +78,7 @@ LOST = EpisodeFailure(FailureKind.ENV_LOST, "gone")
     over_sampling=st.sampled_from([0.0, 0.5, 2.0]),
     extra_episodes=st.integers(0, 2),
     dynamic_sampling=st.booleans(),
+    restart_rate=st.sampled_from([0.0, 0.02, 0.1]),
 )
 def test_any_interleaving_keeps_the_promises(
     seed: int,
@@ -89,11 +92,14 @@ def test_any_interleaving_keeps_the_promises(
     over_sampling: float,
     extra_episodes: int,
     dynamic_sampling: bool,
+    restart_rate: float,
 ) -> None:
-    """Bounded staleness and concurrency, whole groups, each task trained once or dropped with its cause."""
+    """Bounded staleness and concurrency, whole groups, each task trained once or dropped with its cause.
+
+    Whatever happens to schedulers that are lost between two collections, as the driver of a run sees it.
+    """
     steps, rng, clock = 4, random.Random(seed), Clock()
-    schedule = scheduler(
-        clock,
+    options: dict[str, Any] = dict(
         steps=steps,
         max_staleness=max_staleness,
         max_concurrent=max_concurrent,
@@ -108,11 +114,20 @@ def test_any_interleaving_keeps_the_promises(
         dynamic_sampling=dynamic_sampling,
         group_deadline_s=10.0,
     )
+    schedule, state = scheduler(clock, **options), SchedulerState()
     running: list[Assignment] = []
     version, collected, started_at = 0, list[Collected](), dict[str, int]()
+    attempts = dict[tuple[str, int], int]()
     while version < steps:
+        if rng.random() < restart_rate:
+            state = SchedulerState.from_json(json.loads(json.dumps(state.successor(version).to_json())))
+            schedule, running = scheduler(clock, state, **options), []
+            started_at.clear()  # all of it is played again
         for assignment in schedule.start():
             started_at.setdefault(assignment.group_id, version)
+            episode = (assignment.group_id, assignment.episode)
+            assert assignment.attempt > attempts.get(episode, -1), "an earlier attempt could be taken for this one"
+            attempts[episode] = assignment.attempt
             running.append(assignment)
         assert schedule.running == len(running) <= max_concurrent
         assert running, "nothing runs although a step is missing"
@@ -136,6 +151,7 @@ def test_any_interleaving_keeps_the_promises(
                 assert version - started_at[group.group_id] <= max_staleness
                 assert not dynamic_sampling or len(set(group.rewards)) > 1
             collected.append(step)
+            state = step.state
             version += 1
             schedule.set_version(version)
     trained = [group.task.index for step in collected for group in step.groups]
@@ -271,6 +287,42 @@ def test_validation_shares_the_places_and_its_failures_are_not_replaced() -> Non
     assert result is not None
     assert [group.task.index for group in result.groups] == [1, 2]
     assert [drop.task.index for drop in result.dropped] == [0]
+
+
+def test_a_scheduler_that_was_lost_owes_what_was_not_told() -> None:
+    """Groups in flight, groups that were whole, and what was dropped for good meanwhile."""
+    schedule = scheduler(max_retries=0, max_staleness=1, max_concurrent=100)
+    first, sibling, *others = schedule.start()
+    assert {a.task.index for a in others} == {1, 2, 3}
+    schedule.finish(first, LOST)  # task 4 takes its slot
+    for assignment in others:
+        schedule.finish(assignment, played(assignment))
+    schedule.add_validation([])
+    validated = schedule.collect_validation()
+    assert validated is not None and not validated.dropped, "a training task is not told with a validation"
+    successor = scheduler(state=validated.state.successor(), max_retries=0, max_staleness=1, max_concurrent=100)
+    again = successor.start()
+    assert [a.task.index for a in again] == [4, 4, 1, 1, 2, 2, 3, 3], "in the order of their slots"
+    assert {a.group_id for a in others} < {a.group_id for a in again} and {a.attempt for a in again} == {1}
+    successor.finish(sibling, played(sibling))  # its predecessor's
+    for assignment in again:
+        successor.finish(assignment, played(assignment))
+    step = successor.collect_step(0)
+    assert step is not None and [group.task.index for group in step.groups] == [4, 1]
+    assert [(drop.task.index, drop.group_id, drop.cause) for drop in step.dropped] == [(0, "train-0", "env_lost: gone")]
+    assert step.failures == {"env_lost": 1} and step.failures_by_env == {first.task.env: 1}
+
+
+def test_attempts_after_a_restart_have_their_whole_budget() -> None:
+    schedule = scheduler(state=SchedulerState().successor().successor(), retries={"env_lost": 2}, max_concurrent=1)
+    (assignment,) = schedule.start()
+    assert assignment.attempt == 6, "two schedulers of up to three attempts each went before"
+    for attempt in (7, 8):
+        schedule.finish(assignment, LOST)
+        (assignment,) = schedule.start()
+        assert assignment.attempt == attempt and assignment.task.index == 0
+    schedule.finish(assignment, LOST)
+    assert {a.task.index for a in schedule.start()} == {2}, "its group was replaced"
 
 
 def test_the_config_offers_exactly_the_schedulers_options() -> None:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from broken_envs import says_ten, says_ten_slowly
+from broken_envs import says_ten, says_ten_for_ever, says_ten_slowly
 from test_env_runner import IMPORTS_THIS_MODULE, LIMITS, SAMPLING
 from tiers import only_long
 
 from raygym.actors.env_runner import start_env_runner
-from raygym.actors.rollout_manager import RolloutManager
+from raygym.actors.kept_manager import KeptManager
+from raygym.actors.rollout_manager import start_manager
 from raygym.actors.runner_supervisor import Supervision
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
-from raygym.schedule import Collected, RolloutStopped
+from raygym.schedule import Collected, RolloutStopped, SchedulerState
 from raygym.task_stream import Taken
-from raygym.types import EpisodeStatus, FailureKind, Task, Trajectory
+from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Task, Trajectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 BROKEN = "broken_envs:Broken"
@@ -107,12 +110,12 @@ def test_memory_of_a_shared_runner_is_bounded(ray_cluster: Any) -> None:
     ray.kill(runner)
 
 
-def manager(runners: list[Any], envs: list[EnvConfig], supervision: Supervision, **options: Any) -> Any:
+def manager(
+    runners: list[Any], envs: list[EnvConfig], supervision: Supervision, state: Any = None, **options: Any
+) -> Any:
     config = RolloutConfig(groups_per_step=4, group_size=4, max_concurrent=16, **options)
-    actor: Any = ray.remote(RolloutManager)
-    return actor.options(num_cpus=0, max_concurrency=8, runtime_env=IMPORTS_THIS_MODULE).remote(
-        config, envs, 0, 100, 0.0, runners, supervision
-    )
+    imports = {"runtime_env": IMPORTS_THIS_MODULE}
+    return start_manager(config, envs, 0, 100, 0.0, runners, supervision, state, actor_options=imports)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=only_long)])
@@ -161,10 +164,8 @@ def test_tasks_without_training_are_taken_as_they_are_whole(ray_cluster: Any) ->
     envs = [broken("fine"), broken("raise")]
     runner = start(envs)
     config = RolloutConfig(max_concurrent=4, max_retries=1)
-    actor: Any = ray.remote(RolloutManager)
-    rollouts = actor.options(num_cpus=0, max_concurrency=8, runtime_env=IMPORTS_THIS_MODULE).remote(
-        config, envs, 0, 0, 0.0, [runner], Supervision()
-    )
+    imports = {"runtime_env": IMPORTS_THIS_MODULE}
+    rollouts = start_manager(config, envs, 0, 0, 0.0, [runner], Supervision(), actor_options=imports)
     tasks = [Task(i, "raise-step" if i == 3 else "fine-step", i, split="validation") for i in range(12)]
     ray.get(rollouts.play.remote(tasks, 2, 2), timeout=60)
     deadline = time.monotonic() + 60
@@ -185,3 +186,82 @@ def test_tasks_without_training_are_taken_as_they_are_whole(ray_cluster: Any) ->
     assert taken[-1].episodes == 22
     for handle in (rollouts, runner):
         ray.kill(handle)
+
+
+class Watched:
+    """A KeptManager whose managers can be hurt while it waits for them."""
+
+    def __init__(self, runners: list[Any], envs: list[EnvConfig]) -> None:
+        self.started: list[Any] = []
+        self.runners, self.envs = runners, envs
+        self.kept = KeptManager(self.start, answer_timeout_s=20.0)
+
+    def start(self, state: SchedulerState) -> Any:
+        self.started.append(manager(self.runners, self.envs, Supervision(), state))
+        return self.started[-1]
+
+    def collect(self, step: int, hurt: Callable[[Any], None] | None = None) -> Collected:
+        with ThreadPoolExecutor(1) as pool:
+            collecting = pool.submit(self.kept.collect, step, lambda text: None)
+            if hurt is not None:
+                wait_until(lambda: sum(self.running()) > 0)
+                hurt(self.kept.manager)
+            return collecting.result(timeout=120)
+
+    def running(self) -> list[int]:
+        return ray.get([runner.ping.remote() for runner in self.runners], timeout=60)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def pid_of(actor: Any) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=only_long)])
+def test_a_manager_that_dies_or_hangs_has_a_successor(ray_cluster: Any, how: int) -> None:
+    """Its step is played again, by the same runners; nothing is skipped, nothing comes twice, no episode is left."""
+    envs = [broken("fine")]
+    runner = start(envs, says_ten_slowly)
+    rollouts = Watched([runner], envs)
+    steps = [rollouts.collect(0)]
+    rollouts.kept.set_version(1)
+    steps.append(rollouts.collect(1, lambda actor: os.kill(pid_of(actor), how)))
+    rollouts.kept.set_version(2)
+    steps.append(rollouts.collect(2))
+    assert [step.manager_restarts for step in steps] == [0, 1, 0] and len(rollouts.started) == 2
+    groups = [group for step in steps for group in step.groups]
+    assert [group.task.index for group in groups] == list(range(12))
+    assert {t.attempt for group in groups[4:] for t in group.trajectories} == {4}, "not its predecessor's episodes"
+    assert not any(step.failures for step in steps)
+    wait_until(lambda: rollouts.running() == [0], seconds=5)
+    for actor in (rollouts.kept.manager, runner):
+        ray.kill(actor)
+
+
+def test_a_runner_ends_the_episodes_of_a_manager_that_is_gone(ray_cluster: Any) -> None:
+    runner = start([broken("fine")], says_ten_for_ever)
+    old = [runner.run_episode.remote(Task(0, "fine-step", 3), "g", i, 3, SAMPLING) for i in range(4)]
+    wait_until(lambda: ray.get(runner.ping.remote(), timeout=60) == 4)
+    runner.abandon_before.remote(4)
+    new = runner.run_episode.remote(Task(0, "fine-step", 3), "g", 0, 4, SAMPLING)
+    old.append(runner.run_episode.remote(Task(0, "fine-step", 3), "g", 0, 3, SAMPLING))
+    for reference in old:
+        with pytest.raises(ray.exceptions.RayTaskError) as raised:
+            ray.get(reference, timeout=20)
+        assert isinstance(raised.value.cause, EpisodeFailure) and raised.value.cause.kind is FailureKind.CANCELLED
+    assert ray.get(runner.ping.remote(), timeout=20) == 1
+    assert not ray.wait([new], timeout=0.1)[0]
+    ray.kill(runner)
+
+
+@only_long
+def test_managers_that_die_again_and_again_stop_the_run(ray_cluster: Any) -> None:
+    kept = KeptManager(lambda state: manager([], [], Supervision()))  # its constructor raises
+    with pytest.raises(RolloutStopped, match=r"lost 4 times without .* the last time: .*at least one environment"):
+        kept.collect(0, lambda text: None)

@@ -16,7 +16,7 @@ import ray
 from raygym.actors import cluster, serving
 from raygym.actors.env_runner import start_env_runner
 from raygym.actors.policy_server import DEPLOYMENT
-from raygym.actors.rollout_manager import RolloutManager
+from raygym.actors.rollout_manager import start_manager
 from raygym.config import EnvConfig, PolicyConfig, RolloutConfig
 from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
@@ -71,8 +71,7 @@ def rollout_stack(
             )
             for _ in range(config.env_runners)
         ]
-        actor: Any = ray.remote(RolloutManager)
-        manager = actor.options(num_cpus=0, max_concurrency=16).remote(config, [env], 0, steps, 0.0, runners)
+        manager = start_manager(config, [env], 0, steps, 0.0, runners)
         ray.get([runner.ping.remote() for runner in runners], timeout=120)
         yield Stack(manager)
     finally:
