@@ -159,7 +159,7 @@ class EnvRunner:
                 self._places.leave()
 
     async def ping(self) -> int:
-        """How many episodes are running: an answer means that the event loop is alive."""
+        """How many episodes run or wait for their place: an answer means that the event loop is alive."""
         return len(self._episodes)
 
     async def abandon_before(self, attempt: int) -> None:

@@ -15,7 +15,7 @@ from raygym.schedule import Collected, RolloutStopped, SchedulerState
 
 logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 2.0
-_ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 60.0
 _RESTARTS_IN_A_ROW = 3
 # The manager's process is gone, it hangs, or its answer went with its node.
 _LOST = (RayActorError, ObjectLostError, GetTimeoutError)
@@ -28,7 +28,7 @@ class KeptManager:
     has seen comes twice, and nothing is skipped. One collection or validation at a time.
     """
 
-    def __init__(self, start: Callable[[SchedulerState], Any], answer_timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+    def __init__(self, start: Callable[[SchedulerState], Any], answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Start the first one; returns before it is up.
 
         Args:
@@ -84,13 +84,8 @@ class KeptManager:
         while not ray.wait([reference], timeout=_HEARTBEAT_S)[0]:
             text = ray.get(self._manager.progress.remote(), timeout=self._answer_timeout_s)
             progress(f"{text}, {time.monotonic() - started:.0f} s")
-        try:
-            collected: Collected = ray.get(reference, timeout=self._answer_timeout_s)
-            return collected
-        except RayTaskError as error:
-            if isinstance(error.cause, RolloutStopped):
-                raise RolloutStopped(*error.cause.args) from None
-            raise
+        collected: Collected = answer(reference, self._answer_timeout_s)
+        return collected
 
     def _replace(self, error: RayError) -> None:
         cause = _cause(error, self._answer_timeout_s)
@@ -105,6 +100,16 @@ class KeptManager:
         ray.kill(self._manager)  # one that hangs must not go on beside its successor
         self._state = self._state.successor(self._version)
         self._manager = self._start(self._state)
+
+
+def answer(reference: Any, timeout_s: float) -> Any:
+    """What a call to a RolloutManager gave, with its RolloutStopped as itself. Raises Ray's errors otherwise."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, RolloutStopped):
+            raise RolloutStopped(*error.cause.args) from None
+        raise
 
 
 def _cause(error: RayError, timeout_s: float) -> str:

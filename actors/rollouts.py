@@ -6,20 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from raygym.actors.env_runner import start_env_runner
-from raygym.actors.kept_manager import KeptManager
+from raygym.actors.kept_manager import ANSWER_TIMEOUT_S, KeptManager, answer
 from raygym.actors.policy_server import DEPLOYMENT
 from raygym.actors.rollout_manager import start_manager
 from raygym.actors.serving import app_name
 from raygym.config import RunConfig
 from raygym.episode import EpisodeLimits
-from raygym.schedule import Collected, RolloutStopped, SchedulerState
+from raygym.schedule import Collected, SchedulerState
 from raygym.task_stream import Taken
 from raygym.types import Task
-
-_ANSWER_TIMEOUT_S = 60.0
 
 
 class Rollouts:
@@ -91,7 +89,7 @@ class Rollouts:
 
     def play(self, tasks: Sequence[Task], samples: int, most_waiting: int) -> None:
         """Begin to play each task `samples` times, with a pause while `most_waiting` whole groups wait for `take`."""
-        ray.get(self._manager.manager.play.remote(list(tasks), samples, most_waiting), timeout=_ANSWER_TIMEOUT_S)
+        ray.get(self._manager.manager.play.remote(list(tasks), samples, most_waiting), timeout=ANSWER_TIMEOUT_S)
 
     def take(self, most: int, wait_s: float) -> Taken:
         """At most `most` finished groups of `play`, as soon as there is one; none after `wait_s` seconds.
@@ -101,14 +99,10 @@ class Rollouts:
             TimeoutError: the manager does not answer.
         """
         try:
-            taken: Taken = ray.get(self._manager.manager.take.remote(most, wait_s), timeout=wait_s + _ANSWER_TIMEOUT_S)
+            taken: Taken = answer(self._manager.manager.take.remote(most, wait_s), wait_s + ANSWER_TIMEOUT_S)
             return taken
         except GetTimeoutError as error:
-            raise TimeoutError(f"the RolloutManager did not answer within {wait_s + _ANSWER_TIMEOUT_S} s") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, RolloutStopped):
-                raise RolloutStopped(*error.cause.args) from None
-            raise
+            raise TimeoutError(f"the RolloutManager did not answer within {wait_s + ANSWER_TIMEOUT_S} s") from error
 
     def set_version(self, version: int) -> None:
         """Tell the manager which version the engines serve."""

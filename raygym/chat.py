@@ -191,7 +191,7 @@ class ChatRenderer:
             assert np.array_equal(extended[: len(prompt)], prompt)
 
     def _suffix(self, new_messages: Sequence[Message]) -> list[int]:
-        # Environments say the same short things again and again; rendering one costs more than the rest of a turn.
+        # Environments say the same short things again and again; rendering one is a third of what a turn costs here.
         try:
             said = json.dumps(list(new_messages))
         except TypeError:  # an object of the environment's own

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from rich.console import Console
-from rich.status import Status
 from rich.text import Text
+
+from raygym.live_console import LiveConsole, duration
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 # In 80 columns nine are left for the trend of the rewards. "logp Δ": between learner and engine.
@@ -20,40 +20,20 @@ _LONGEST_TREND = 24
 _ROWS_A_TITLE = 20
 
 
-class RunConsole:
+class RunConsole(LiveConsole):
     """Prints a run's progress: a row a step, with the trend of the rewards as a sparkline at its end."""
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        super().__init__(console)
         self._steps = steps
         self._rewards: list[float] = []
         self._rows = 0
         self._columns = [("step", max(5, 2 * len(str(steps)) + 1)), *_COLUMNS]
-        self._started = time.monotonic()
-        self._status: Status | None = None
-
-    def line(self, text: str) -> None:
-        """One plain line."""
-        self._console.print(text, markup=False)
-
-    @contextmanager
-    def phase(self, text: str) -> Iterator[None]:
-        """Show what is being waited for. Where the output is no terminal, the phase is one line."""
-        if not self._console.is_terminal:
-            self._console.print(text, markup=False)
-            yield
-            return
-        with self._console.status(Text(text)) as status:
-            self._status = status
-            try:
-                yield
-            finally:
-                self._status = None
 
     def progress(self, text: str) -> None:
         """Update the phase's text, in a terminal only."""
         if self._status is not None:
-            self._status.update(Text(text))
+            self._status.update(self._live(text))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row for a finished step, `step` counted from 1; column titles before the first and now and then again."""
@@ -91,19 +71,9 @@ class RunConsole:
     def _eta(self, step: int) -> float:
         return (time.monotonic() - self._started) / max(1, step) * (self._steps - step)
 
-    def start_clock(self) -> None:
-        """Start measuring for the ETA: the steps begin now."""
-        self._started = time.monotonic()
-
 
 def sparkline(values: list[float]) -> str:
     """One block character a value, from the lowest to the highest of them."""
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     return "".join(_SPARKS[round((value - low) / span * (len(_SPARKS) - 1))] for value in values)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people write them."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

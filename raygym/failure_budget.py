@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from raygym.types import EpisodeFailure, Task, Trajectory
+
+
+class RolloutStopped(RuntimeError):
+    """Rollouts cannot go on: an environment fails always, or too many groups in a row were not usable."""
+
 
 class FailureBudget:
     """Counts failed attempts of each environment."""
@@ -34,7 +40,22 @@ class FailureBudget:
         """Whether attempt number `attempt` (from 0), which failed with `kind`, may be followed by another."""
         return attempt < self._by_kind.get(kind, self._max_retries)
 
-    def hopeless(self, env: str) -> int:
-        """How many attempts of `env` failed in a row, when that is too many; else 0."""
-        count = self._in_a_row[env]
-        return count if count > self._max_in_a_row else 0
+    def check_hope(self, task: Task, kind: str, detail: str) -> None:
+        """Whether the environment of `task`, an attempt at which has just failed, may be tried any more.
+
+        Raises:
+            RolloutStopped: too many of its attempts failed in a row.
+        """
+        count = self._in_a_row[task.env]
+        if count > self._max_in_a_row:
+            raise RolloutStopped(
+                f"environment {task.env!r} failed {count} times in a row, no episode of it finished in between "
+                f"(rollout.max_failures_in_a_row); the last, of task seed {task.seed}: {kind}: {detail}"
+            )
+
+
+def failure_of(outcome: Trajectory | EpisodeFailure) -> tuple[str, str]:
+    """Kind and detail; empty for an episode that came to its end."""
+    if isinstance(outcome, EpisodeFailure):
+        return outcome.kind, outcome.detail
+    return outcome.failure or "", outcome.failure_detail

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.text import Text
 
-from raygym.console import duration
+from raygym.live_console import LiveConsole, duration
 
 _PLAIN_EVERY_S = 5.0
 
 
-class RolloutConsole:
+class RolloutConsole(LiveConsole):
     """Prints a rollout's progress and its result."""
 
     def __init__(self, total: int, console: Console | None = None) -> None:
@@ -26,33 +24,14 @@ class RolloutConsole:
             total: episodes that are still to be played.
             console: for tests.
         """
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        super().__init__(console)
         self._total = total
-        self._started = time.monotonic()
         self._told = self._started
-        self._status: Status | None = None
-
-    def line(self, text: str) -> None:
-        """One plain line."""
-        self._console.print(text, markup=False)
-
-    @contextmanager
-    def phase(self, text: str) -> Iterator[None]:
-        """Show what is being done. Where the output is no terminal, it is one line."""
-        if not self._console.is_terminal:
-            self.line(text)
-            yield
-            return
-        with self._console.status(self._fitting(text)) as status:
-            self._status = status
-            try:
-                yield
-            finally:
-                self._status = None
 
     def start_clock(self) -> None:
         """The episodes begin now."""
-        self._started = self._told = time.monotonic()
+        super().start_clock()
+        self._told = self._started
 
     def progress(self, episodes: int, turns: int, tokens: int, running: int, failures: Mapping[str, int]) -> None:
         """How far it is.
@@ -83,7 +62,7 @@ class RolloutConsole:
         if self._status is None:
             self.line(text)
         else:
-            self._status.update(self._fitting(text))
+            self._status.update(self._live(text))
 
     def result(self, result: Mapping[str, Any]) -> None:
         """The end: the whole in a few lines, each environment in a row of a table."""
@@ -126,7 +105,7 @@ class RolloutConsole:
             line = short.ljust(longest) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths, strict=True))
             self._console.print(Text(line, style="dim" if cells is titles else ""))
 
-    def _fitting(self, text: str) -> Text:
+    def _live(self, text: str) -> Text:
         """Cut to one line, beside the spinner: a live line that wraps leaves its upper half behind."""
         fitting = Text(text, no_wrap=True)
         fitting.truncate(max(10, self._console.width - 3), overflow="ellipsis")

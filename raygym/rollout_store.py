@@ -20,6 +20,7 @@ from raygym.rollout_summary import RolloutSummary
 from raygym.run_files import move_aside, trajectory_record
 from raygym.task_stream import Taken
 from raygym.types import Task
+from raygym.whole_file import write_whole
 
 _FRESH = "give another --out, or --fresh to move this folder aside and begin anew"
 _OPENING = {"lock", "config.yaml", "request.json", "request.json.new"}
@@ -254,7 +255,4 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _replace(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON so that a reader, or a kill, finds the old file or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 from raygym.config import RunConfig, dump_config
 from raygym.schedule import Collected
 from raygym.types import Trajectory
+from raygym.whole_file import write_whole
 
 
 class RunFiles:
@@ -64,9 +65,7 @@ class RunFiles:
         ]
         self._append("ledger.jsonl", *trained, *dropped)
         # Whole or not at all: whoever goes on from it must not find half of it.
-        partial = self.path / "scheduler.json.partial"
-        partial.write_text(json.dumps(collected.state.to_json()) + "\n", encoding="utf-8")
-        partial.replace(self.path / "scheduler.json")
+        write_whole(self.path / "scheduler.json", json.dumps(collected.state.to_json()) + "\n")
 
     def summary(self, result: Mapping[str, Any]) -> None:
         """Write summary.json, the run's end."""

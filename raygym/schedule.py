@@ -13,16 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raygym.failure_budget import FailureBudget
+from raygym.failure_budget import FailureBudget, RolloutStopped, failure_of
 from raygym.open_group import Dropped, Events, GroupState, OpenGroup, SchedulerState
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
 
 __all__ = ["Assignment", "Collected", "Dropped", "RolloutStopped", "Scheduler", "SchedulerOptions", "SchedulerState"]
-
-
-class RolloutStopped(RuntimeError):
-    """Rollouts cannot go on: an environment fails always, or too many groups in a row were not usable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +191,7 @@ class Scheduler:
         if group is None or group.whole():
             return
         env = assignment.task.env
-        kind, detail = _failure(outcome)
+        kind, detail = failure_of(outcome)
         if isinstance(outcome, Trajectory) and not kind:
             self._budget.finished(env)
             group.finished[assignment.episode] = outcome
@@ -204,11 +200,7 @@ class Scheduler:
             return
         self._events[assignment.task.split].failures[env, kind] += 1
         self._budget.failed(env)
-        if count := self._budget.hopeless(env):
-            raise RolloutStopped(
-                f"environment {env!r} failed {count} times in a row, no episode of it finished in between "
-                f"(rollout.max_failures_in_a_row); the last, of task seed {assignment.task.seed}: {kind}: {detail}"
-            )
+        self._budget.check_hope(assignment.task, kind, detail)
         if self._budget.may_retry(kind, assignment.attempt - self.first_attempt):
             retry = Assignment(assignment.group_id, assignment.task, assignment.episode, assignment.attempt + 1)
             (self._waiting_validation if group.group_id in self._validation else self._waiting).appendleft(retry)
@@ -393,10 +385,3 @@ class Scheduler:
         events, self._events[split] = self._events[split], Events()
         whole = tuple(group.close() for group in groups)
         return Collected(whole, tuple(events.dropped), events.by_kind(), events.by_env(), state=self.state())
-
-
-def _failure(outcome: Trajectory | EpisodeFailure) -> tuple[str, str]:
-    """Kind and detail; empty for an episode that came to its end."""
-    if isinstance(outcome, EpisodeFailure):
-        return outcome.kind, outcome.detail
-    return outcome.failure or "", outcome.failure_detail

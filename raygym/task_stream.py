@@ -9,8 +9,8 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from raygym.failure_budget import FailureBudget
-from raygym.schedule import Assignment, Dropped, RolloutStopped, SchedulerOptions
+from raygym.failure_budget import FailureBudget, RolloutStopped, failure_of
+from raygym.schedule import Assignment, Dropped, SchedulerOptions
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
 
 
@@ -107,7 +107,7 @@ class TaskStream:
         if isinstance(outcome, Trajectory) and outcome.failure is None:
             self._finished(assignment, outcome, group)
             return
-        env, (kind, detail) = assignment.task.env, _failure(outcome)
+        env, (kind, detail) = assignment.task.env, failure_of(outcome)
         self._failures[env, kind] += 1
         self._budget.failed(env)
         if self._budget.may_retry(kind, assignment.attempt):
@@ -115,11 +115,7 @@ class TaskStream:
             self._waiting.appendleft(retry)
         else:
             self._drop(assignment.group_id, f"{kind}: {detail}")
-        if count := self._budget.hopeless(env):
-            raise RolloutStopped(
-                f"environment {env!r} failed {count} times in a row, no episode of it finished in between "
-                f"(rollout.max_failures_in_a_row); the last, of task seed {assignment.task.seed}: {kind}: {detail}"
-            )
+        self._budget.check_hope(assignment.task, kind, detail)
         if self._dropped_in_a_row > self._max_dropped_in_a_row:
             raise RolloutStopped(
                 f"{self._dropped_in_a_row} tasks in a row could not be completed (rollout.max_replaced_groups); the "
@@ -179,9 +175,3 @@ class TaskStream:
         self._episodes -= len(group.finished)
         self._turns -= sum(len(t.turns) for t in group.finished.values())
         self._tokens -= sum(int(t.loss_mask.sum()) for t in group.finished.values())
-
-
-def _failure(outcome: Trajectory | EpisodeFailure) -> tuple[str, str]:
-    if isinstance(outcome, EpisodeFailure):
-        return outcome.kind, outcome.detail
-    return outcome.failure or "", outcome.failure_detail

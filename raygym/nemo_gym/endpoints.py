@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from raygym.types import EpisodeFailure, FailureKind
+from raygym.whole_file import write_whole
 
 _POLL_S = 0.1
 # A supervisor notices a dead server within half a second.
@@ -38,9 +39,7 @@ def write_endpoints(path: Path, endpoints: dict[str, Endpoint], problem: str = "
         problem: why there are none and will be none; empty while they are being started.
     """
     text = json.dumps({"servers": {name: asdict(at) for name, at in endpoints.items()}, "problem": problem})
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
 
 
 def read_endpoints(path: Path) -> dict[str, Endpoint]:
