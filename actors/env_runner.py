@@ -18,6 +18,7 @@ import ray
 from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
+from raygym.actors.actor_process import settle_process
 from raygym.actors.env_process import EnvProcesses
 from raygym.actors.served_version import ServedVersion
 from raygym.actors.turn_exchange import TurnExchange
@@ -92,6 +93,7 @@ class EnvRunner:
             self._renderer(_tools_of(config))
         if memory_mib is not None:
             limit_memory(memory_mib or machine_memory_mib() // 2)
+        settle_process()
 
     async def run_episode(
         self, task: Task, group_id: str, episode: int, attempt: int, sampling: Sampling, places: int | None = None
@@ -104,7 +106,8 @@ class EnvRunner:
             episode: as there.
             attempt: as there.
             sampling: as there.
-            places: how many episodes may run here at once from now on; this one waits for its place. None: no limit.
+            places: how many episodes may ask the policy here at once from now on; this one waits for its place. None: no
+                limit.
 
         Raises:
             EnvError: the task names an environment that this runner does not host.
@@ -120,22 +123,21 @@ class EnvRunner:
         running = asyncio.current_task()
         assert running is not None
         self._episodes[running] = attempt
-        placed = False
+        place = self._places.held(places)
         try:
-            await self._places.take(places)
-            placed = True
             if config.nemo_gym is not None and config.nemo_gym.mode == "agent":
-                return await run_agent_episode(
-                    config.kwargs["play"],
-                    task,
-                    group_id=group_id,
-                    episode=episode,
-                    attempt=attempt,
-                    served_version=self._served_version,
-                    renderer_for=self._renderer,
-                    limits=self._limits.for_env(config),
-                    sampling=sampling,
-                )
+                async with place:
+                    return await run_agent_episode(
+                        config.kwargs["play"],
+                        task,
+                        group_id=group_id,
+                        episode=episode,
+                        attempt=attempt,
+                        served_version=self._served_version,
+                        renderer_for=self._renderer,
+                        limits=self._limits.for_env(config),
+                        sampling=sampling,
+                    )
             async with self._host(config) as host:
                 return await run_episode(
                     host,
@@ -148,6 +150,7 @@ class EnvRunner:
                     limits=self._limits.for_env(config),
                     sampling=sampling,
                     run_seed=self._run_seed,
+                    place=place,
                 )
         except asyncio.CancelledError:
             if attempt < self._first_attempt:
@@ -155,8 +158,6 @@ class EnvRunner:
             raise
         finally:
             del self._episodes[running]
-            if placed:
-                self._places.leave()
 
     async def ping(self) -> int:
         """How many episodes run or wait for their place: an answer means that the event loop is alive."""

@@ -14,6 +14,7 @@ from prometheus_client import generate_latest
 from ray import serve
 from ray.exceptions import RayError
 
+from raygym.actors.actor_process import settle_process
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_receiver import receive_version
 from raygym.api import prometheus
@@ -84,6 +85,7 @@ class PolicyServer:
         self._manifest: Manifest | None = None
         self._received: Path | None = None
         self._failure: BaseException | None = None
+        settle_process()
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's late-bound hook: the engine's own HTTP application, behind what training adds to it."""

@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 
+from raygym.actors.actor_process import settle_process
 from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.loop_lag import LoopLag
@@ -70,6 +71,7 @@ class RolloutManager:
         self._changed = asyncio.Event()
         self._stopped: RolloutStopped | None = None
         self._lag = LoopLag()
+        settle_process()
 
     async def collect(self, step: int) -> Collected:
         """The whole groups of one step; returns when the last of them is finished.

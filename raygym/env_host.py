@@ -139,15 +139,16 @@ class EnvHost:
                 self._worker.stop()
 
     async def _start(self, task: Task) -> list[Message]:
-        await self._call(self._construct, self._worker)
+        result = await self._worker.submit(partial(self._construct_and_reset, task))
+        messages = parse_reset(await result if inspect.isawaitable(result) else result)
         assert self._env is not None
-        reset = partial(self._env.reset, seed=task.seed, options={"split": task.split})
-        messages = parse_reset(await self._call(reset, self._worker))
         self.tools = env_tools(self._env)
         return messages
 
-    def _construct(self) -> None:
+    def _construct_and_reset(self, task: Task) -> Any:
+        # In one call: each one waits for the thread, and the event loop for its answer. A coroutine's body runs later.
         self._env = self._make()
+        return self._env.reset(seed=task.seed, options={"split": task.split})
 
     def _close_late(self) -> None:
         if self._env is not None and not inspect.iscoroutinefunction(self._env.close):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -80,6 +81,7 @@ async def run_episode(
     limits: EpisodeLimits,
     sampling: Sampling,
     run_seed: int,
+    place: AbstractAsyncContextManager[None] | None = None,
 ) -> Trajectory:
     """Play `task` on the host's environment, which is closed at the end whatever happens.
 
@@ -98,6 +100,8 @@ async def run_episode(
         sampling: how to sample each turn, with at most the smaller of its `max_tokens` and the limits'. Where its seed
             is None, every turn gets its own from `tasks.turn_seed`.
         run_seed: enters those seeds.
+        place: what is held from the first prompt to the last reply. The environment is made and reset before, and closed
+            after, so that the engine waits for neither; deadlines of the episode begin when it is had.
 
     Raises:
         asyncio.CancelledError: the caller gave up; the environment has been closed.
@@ -108,7 +112,9 @@ async def run_episode(
     try:
         policy = _Policy(generate, sampling, f"{group_id}-{episode}-{attempt}", limits)
         seeds = [turn_seed(run_seed, task, episode, attempt, turn) for turn in range(limits.max_turns)]
-        status = await _play(record, host, renderer_for, policy, task, limits, seeds)
+        prompt = await _begin(record, host, renderer_for, task, limits)
+        async with place or nullcontext():
+            status = await _play(record, host, prompt, policy, limits, seeds)
     except EpisodeFailure as error:
         failure = error
     finally:
@@ -136,23 +142,24 @@ async def run_episode(
     )
 
 
+async def _begin(
+    record: _Record, host: Host, renderer_for: RendererFor, task: Task, limits: EpisodeLimits
+) -> Int32Array:
+    record.messages += await host.reset(task, min(limits.step_timeout_s, limits.episode_timeout_s))
+    record.renderer = _rendered(partial(renderer_for, host.tools))
+    return _rendered(partial(record.renderer.render_initial, record.messages))
+
+
 async def _play(
-    record: _Record,
-    host: Host,
-    renderer_for: RendererFor,
-    policy: _Policy,
-    task: Task,
-    limits: EpisodeLimits,
-    seeds: list[int],
+    record: _Record, host: Host, prompt: Int32Array, policy: _Policy, limits: EpisodeLimits, seeds: list[int]
 ) -> EpisodeStatus:
+    renderer = record.renderer
+    assert renderer is not None
     ends = time.monotonic() + limits.episode_timeout_s
 
     def at_most(timeout_s: float) -> float:
         return min(timeout_s, ends - time.monotonic())
 
-    record.messages += await host.reset(task, at_most(limits.step_timeout_s))
-    record.renderer = renderer = _rendered(partial(renderer_for, host.tools))
-    prompt = _rendered(partial(renderer.render_initial, record.messages))
     for turn, seed in enumerate(seeds):
         if len(prompt) + 1 > limits.max_model_len:
             if turn > 0:

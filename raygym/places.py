@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 
 class Places:
@@ -14,6 +16,15 @@ class Places:
         self._limit: int | None = None
         self._taken = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @asynccontextmanager
+    async def held(self, limit: int | None) -> AsyncIterator[None]:
+        """`take` at the beginning, `leave` at the end."""
+        await self.take(limit)
+        try:
+            yield
+        finally:
+            self.leave()
 
     async def take(self, limit: int | None) -> None:
         """Wait for a place, of `limit` from now on; None: as many as are asked for."""
