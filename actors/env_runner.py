@@ -106,8 +106,8 @@ class EnvRunner:
             episode: as there.
             attempt: as there.
             sampling: as there.
-            places: how many episodes may ask the policy here at once from now on; this one waits for its place. None: no
-                limit.
+            places: how many episodes may ask the policy here at once from now on; this one waits for its place. None:
+                any number.
 
         Raises:
             EnvError: the task names an environment that this runner does not host.

@@ -100,8 +100,8 @@ async def run_episode(
         sampling: how to sample each turn, with at most the smaller of its `max_tokens` and the limits'. Where its seed
             is None, every turn gets its own from `tasks.turn_seed`.
         run_seed: enters those seeds.
-        place: what is held from the first prompt to the last reply. The environment is made and reset before, and closed
-            after, so that the engine waits for neither; deadlines of the episode begin when it is had.
+        place: held from the first prompt to the last reply. The environment is made and reset before it is taken, and
+            closed after it is left, so that the engine waits for neither; the episode's deadline begins with it.
 
     Raises:
         asyncio.CancelledError: the caller gave up; the environment has been closed.

@@ -6,6 +6,7 @@ without copying them item by item. `T` in a comment is the number of tokens of o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -150,6 +151,14 @@ class Trajectory:
     failure_detail: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     """The environment's own scalars (`info["metrics"]` of the last step)."""
+    packed: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    """The bytes that it came from, whose memory its arrays share; None where it was made."""
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Trajectory], tuple[bytes]]:
+        """Pickled by `raygym.trajectory_bytes`, which needs this module."""
+        from raygym.trajectory_bytes import pack, unpack
+
+        return unpack, (pack(self),)
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -51,6 +52,30 @@ class Tooled(ChatEnv):
 
     def step(self, action):
         return None, 1.0, True, False, {}
+
+
+class SlowToOpenAndClose(ChatEnv):
+    """Notes what happens, and when told waits in `reset` and `close`."""
+
+    seen: ClassVar[list[str]] = []
+    may_reset = threading.Event()
+    may_close = threading.Event()
+    seed: int | None = None
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = seed
+        assert self.may_reset.wait(10)
+        self.seen.append(f"reset {seed}")
+        return f"Task {seed}.", {}
+
+    def step(self, action):
+        self.seen.append(f"step {self.seed}")
+        return None, 1.0, True, False, {}
+
+    def close(self):
+        if self.seed is not None:
+            assert self.may_close.wait(10)
+            self.seen.append(f"close {self.seed}")
 
 
 class Crashes(ChatEnv):
@@ -113,6 +138,41 @@ class TestPlainClass:
         go.set()
         await asyncio.gather(*episodes)
         assert await host.ping() == 0
+
+    async def test_a_place_is_held_only_while_the_policy_is_asked(self):
+        asked: list[str] = []
+        go = asyncio.Event()
+
+        async def waits(prompt_token_ids, sampling, session_id):
+            asked.append(session_id)
+            await go.wait()
+            return answer("10")
+
+        config = EnvConfig(id=f"{__name__}:SlowToOpenAndClose", name="slow")
+        seen, may_reset, may_close = (getattr(SlowToOpenAndClose, n) for n in ("seen", "may_reset", "may_close"))
+        host = runner(config, generate=waits)
+
+        def play(index: int) -> asyncio.Task[Trajectory]:
+            return asyncio.create_task(host.run_episode(Task(index, "slow", index), f"g{index}", 0, 0, SAMPLING, 1))
+
+        async def until(done: Callable[[], bool]) -> None:
+            async with asyncio.timeout(10):
+                while not done():
+                    await asyncio.sleep(0.01)
+
+        first, second = play(1), play(2)
+        await asyncio.sleep(0.1)
+        assert asked == []
+        may_reset.set()
+        # Both environments are ready, and one of them has the only place.
+        await until(lambda: sorted(seen) == ["reset 1", "reset 2"] and len(asked) == 1)
+        go.set()
+        # The other gets it while the first environment still closes.
+        await until(lambda: len(asked) == 2 and sum(event.startswith("step") for event in seen) == 2)
+        assert not any(event.startswith("close") for event in seen)
+        assert not first.done() and not second.done()
+        may_close.set()
+        assert [trajectory.reward for trajectory in await asyncio.gather(first, second)] == [1.0, 1.0]
 
     async def test_tools_of_an_environment(self):
         host = runner(EnvConfig(id=f"{__name__}:Tooled", name="tooled"), SUMS)
