@@ -58,7 +58,8 @@ def heavy_tail(repetitions: int, places: int = 1024) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {}
     simulated = {"turn_latency_s": 2.0, "latency_sigma": 1.0}
     config = SimulatedConfig(**{"max_model_len": 8192, **simulated})
-    rollout = {"groups_per_step": places // 4, "group_size": 4, "max_concurrent": places, "max_staleness": 1}
+    # A step lasts as long as two episodes, so that a group whose slowest takes five is still in time.
+    rollout = {"groups_per_step": places // 2, "group_size": 4, "max_concurrent": places, "max_staleness": 2}
     rollout |= {"order": "completion", "over_sampling": 0.5}
     # The first steps fill the pipeline, and a last one is never collected: nothing may drain while we measure.
     warm_up = 2

@@ -254,7 +254,7 @@ def _installed(env_id: str) -> Callable[..., Any]:
 
 def _import(env_id: str, module: str) -> ModuleType:
     # Console scripts do not have the current directory on the path. Last, so that it hides no installed module.
-    if os.getcwd() not in sys.path:
+    if module not in sys.modules and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module)

@@ -278,8 +278,10 @@ class Scheduler:
                 self._slots_given += 1
         elif self._delivered < total:
             extra = math.ceil(options.over_sampling * options.groups_per_step)
-            while self._delivered + len(self._train) < ahead + extra:
-                self._open(self._cursor.next(), -1, self._version)
+            # Only for places that are free now: a group that waited would be too stale before it had a token.
+            free = self.max_concurrent + self.ahead - len(self._running) - len(self._waiting)
+            while free > 0 and self._delivered + len(self._train) < ahead + extra:
+                free -= self._open(self._cursor.next(), -1, self._version)
 
     def _restore(self, state: SchedulerState) -> None:
         events = self._events["train"]
@@ -291,7 +293,8 @@ class Scheduler:
         for group in sorted(state.groups, key=lambda group: group.slot):
             self._open(self._cursor.task(group.task), group.slot, group.admitted_at)
 
-    def _open(self, task: Task, slot: int, admitted_at: int, *, first: bool = False) -> None:
+    def _open(self, task: Task, slot: int, admitted_at: int, *, first: bool = False) -> int:
+        """Returns how many episodes wait for a place now because of it."""
         size, spare = self._options.group_size, self._options.extra_episodes
         group = OpenGroup(f"{task.split}-{task.index}", task, size, admitted_at, slot, spare)
         self._train[group.group_id] = group
@@ -300,6 +303,7 @@ class Scheduler:
             self._waiting.extendleft(reversed(episodes))
         else:
             self._waiting.extend(episodes)
+        return len(episodes)
 
     def _first(self, group: OpenGroup, episode: int) -> Assignment:
         return Assignment(group.group_id, group.task, episode, self.first_attempt)

@@ -239,6 +239,20 @@ def test_over_sampling_takes_the_first_groups_and_drops_the_rest_with_their_caus
     assert {a.task.index for a in schedule.obsolete()} == {0, 2}
 
 
+def test_a_group_waits_for_places_before_it_is_admitted_not_after() -> None:
+    schedule = scheduler(order="completion", over_sampling=2.0, max_staleness=1, max_concurrent=4)
+    first = schedule.start()
+    assert len(first) == 4
+    # Eight groups may be in play, but for two there are places: the clock of the others has not begun.
+    assert [group.admitted_at for group in schedule.state().groups] == [0, 0]
+    for assignment in first:
+        schedule.finish(assignment, played(assignment))
+    assert schedule.collect_step(0) is not None
+    schedule.set_version(1)
+    schedule.start()
+    assert [group.admitted_at for group in schedule.state().groups] == [1, 1]
+
+
 def test_a_group_past_its_deadline_is_replaced() -> None:
     clock = Clock()
     schedule = scheduler(clock, max_concurrent=4, group_deadline_s=5.0)
