@@ -23,8 +23,9 @@ from raygym.models import resolve_policy
 from raygym.schedule import Collected
 
 _APP = "rollout-benchmark"
-# Where this package is, for the runners to import the environment from.
-_IMPORTS = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}}
+# Where this package is, for the runners to import the environment from, and the raygym beside it.
+_FOLDER = Path(__file__).resolve().parent.parent
+_IMPORTS = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_FOLDER), str(_FOLDER.parent)])}}
 MAX_TOKENS = 16
 
 
