@@ -271,9 +271,11 @@ def _left(runners: list[Any]) -> Left:
     )
 
 
-def _inside(_: Any) -> tuple[int, int]:
-    """In an EnvRunner: its environments' threads, and its event loop's tasks."""
-    return sum(thread.name == "raygym-env" for thread in threading.enumerate()), len(asyncio.all_tasks())
+def _inside(runner: Any) -> tuple[int, int]:
+    """In an EnvRunner, though not in its event loop: its environments' threads, and its event loop's tasks."""
+    loop = runner._generate.loop
+    threads = sum(thread.name == "raygym-env" for thread in threading.enumerate())
+    return threads, len(asyncio.all_tasks(loop)) if loop else 0
 
 
 if __name__ == "__main__":

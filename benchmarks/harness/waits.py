@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -73,9 +74,12 @@ class TimedTurns:
         """`log` is the path of a WaitLog."""
         self._exchange = TurnExchange(deployment, app)
         self._log = WaitLog(log)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Of the EnvRunner, from its first turn on."""
 
     async def __call__(self, prompt_token_ids: Int32Array, sampling: Sampling, session_id: str) -> Generation:
         """See `TurnExchange`."""
+        self.loop = asyncio.get_running_loop()
         with self._log.wait("turn"):
             return await self._exchange(prompt_token_ids, sampling, session_id)
 
