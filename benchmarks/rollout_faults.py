@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 import ray
 from harness import report
+from harness.agents import Agents
 from harness.faults import Fault, Injector, draw_faults
 from harness.faulty import TURN_REWARD
 from harness.waits import TimedManager, TimedTurns, Wait, WaitLog, longest_s
@@ -32,7 +34,7 @@ from raygym.actors import cluster, serving
 from raygym.actors.env_runner import start_env_runner
 from raygym.actors.kept_manager import KeptManager
 from raygym.actors.policy_server import DEPLOYMENT
-from raygym.config import EnvConfig, PolicyConfig, RolloutConfig
+from raygym.config import EnvConfig, PolicyConfig, RolloutConfig, SessionsConfig
 from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
 from raygym.schedule import Collected, SchedulerState
@@ -56,6 +58,9 @@ _APP = "rollout-faults"
 _FOLDER = Path(__file__).resolve().parent
 _IMPORTS = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_FOLDER), str(_FOLDER.parent)])}}
 _SETTLED_WITHIN_S = 30.0
+_AGENTS = 2
+_SESSION_TTL_S = 10.0
+_OPEN_SESSIONS = re.compile(r"^raygym_open_sessions ([0-9.]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class Run:
     waits: list[Wait]
     faults: list[Fault]
     left: Left
+    sessions: tuple[int, int]
+    """Of the agents beside: closed, and left open after a call that failed."""
 
     @property
     def seconds(self) -> float:
@@ -91,6 +98,8 @@ class Left:
     """Of environments, in the EnvRunner that has the most."""
     tasks: int
     """Of asyncio, in the EnvRunner that has the most."""
+    sessions: int
+    """Recorded over HTTP, in the replicas."""
     replicas: int
     """That answer."""
 
@@ -141,6 +150,9 @@ def measured(plain: Run, faulty: Run) -> dict[str, float]:
         "longest_step_s": max(faulty.step_s),
         "leaked_requests": faulty.left.requests,
         "leaked_episodes": faulty.left.episodes,
+        "leaked_sessions": faulty.left.sessions,
+        "sessions_closed": faulty.sessions[0],
+        "sessions_given_up": faulty.sessions[1],
         "env_threads_left": faulty.left.env_threads,
         "env_threads_left_no_faults": plain.left.env_threads,
         "leaked_tasks": max(0, faulty.left.tasks - plain.left.tasks),
@@ -182,27 +194,30 @@ def run(steps: int, env_kwargs: dict[str, Any], faults: list[Fault], seed: int) 
     """All steps, one after the other."""
     with tempfile.TemporaryDirectory(prefix="rg") as directory:
         log = str(Path(directory) / "waits.jsonl")
-        with started(steps, env_kwargs, log) as (manager, runners):
+        with started(steps, env_kwargs, log) as (manager, runners, url):
             collected, step_s = [], []
             injector = Injector(faults, seed)
-            injector.start()
-            for step in range(steps):
-                begun = time.perf_counter()
-                manager.set_version(step)
-                collected.append(manager.collect(step, lambda text: None))
-                step_s.append(time.perf_counter() - begun)
-            injector.stop()
+            with Agents(url, _AGENTS, CONFIG.turn_timeout_s) as agents:
+                injector.start()
+                for step in range(steps):
+                    begun = time.perf_counter()
+                    manager.set_version(step)
+                    collected.append(manager.collect(step, lambda text: None))
+                    step_s.append(time.perf_counter() - begun)
+                injector.stop()
             left = settled(runners)
-        return Run(collected, step_s, WaitLog(log).read(), injector.done, left)
+        sessions = agents.closed, agents.given_up
+        return Run(collected, step_s, WaitLog(log).read(), injector.done, left, sessions)
 
 
 @contextmanager
-def started(steps: int, env_kwargs: dict[str, Any], log: str) -> Iterator[tuple[KeptManager, list[Any]]]:
+def started(steps: int, env_kwargs: dict[str, Any], log: str) -> Iterator[tuple[KeptManager, list[Any], str]]:
     """The stack, warm; afterwards no process of it may be left."""
     policy = PolicyConfig(
         model="tiny",
         engine="simulated",
         replicas=2,
+        sessions=SessionsConfig(ttl_s=_SESSION_TTL_S),
         simulated={"turn_latency_s": TURN_LATENCY_S, "max_model_len": 4096},
     )
     model_dir = str(resolve_policy("tiny"))
@@ -223,7 +238,7 @@ def started(steps: int, env_kwargs: dict[str, Any], log: str) -> Iterator[tuple[
 
     cluster.connect()
     try:
-        serving.deploy(_APP, policy, model_dir, cluster.http_port(policy.http))
+        serving.deploy(_APP, policy, model_dir, port := cluster.http_port(policy.http))
         turns = TimedTurns(DEPLOYMENT, serving.app_name(_APP), log)
         runners = [
             start_env_runner(
@@ -238,7 +253,7 @@ def started(steps: int, env_kwargs: dict[str, Any], log: str) -> Iterator[tuple[
             for _ in range(CONFIG.env_runners)
         ]
         ray.get([runner.ping.remote() for runner in runners], timeout=120)
-        yield KeptManager(start), runners
+        yield KeptManager(start), runners, f"http://{policy.http.host}:{port}"
         family = psutil.Process().children(recursive=True)
     finally:
         serving.undeploy(_APP)
@@ -252,7 +267,10 @@ def settled(runners: list[Any]) -> Left:
     deadline = time.monotonic() + _SETTLED_WITHIN_S
     while True:
         left = _left(runners)
-        if not (left.requests or left.episodes or left.env_threads > 16) or time.monotonic() > deadline:
+        if (
+            not (left.requests or left.episodes or left.sessions or left.env_threads > 16)
+            or time.monotonic() > deadline
+        ):
             return left
         time.sleep(0.2)
 
@@ -264,6 +282,7 @@ def _left(runners: list[Any]) -> Left:
     episodes = ray.get([runner.ping.remote() for runner in runners], timeout=_SETTLED_WITHIN_S)
     return Left(
         requests=sum(running for *_, running in replicas),
+        sessions=sum(int(float(found)) for _, text, *_ in replicas for found in _OPEN_SESSIONS.findall(text)),
         episodes=sum(episodes),
         env_threads=max(threads for threads, _ in inside),
         tasks=max(tasks for _, tasks in inside),
