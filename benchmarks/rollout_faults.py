@@ -27,7 +27,8 @@ from harness import report
 from harness.agents import Agents
 from harness.faults import Fault, Injector, draw_faults
 from harness.faulty import TURN_REWARD
-from harness.waits import TimedManager, TimedTurns, Wait, WaitLog, longest_s
+from harness.timed import TimedManager, TimedTurns
+from harness.waits import Wait, WaitLog, longest_s
 from ray import serve
 
 from raygym.actors import cluster, serving
