@@ -1,6 +1,6 @@
 """The EnvRunner: hosts environment instances and runs their episodes inside its own event loop.
 
-A turn costs one Serve-handle call; an episode costs its caller one call to this actor.
+A turn is a message on a connection to a replica; episodes begin and end many to a call of this actor.
 """
 
 from __future__ import annotations
