@@ -1,6 +1,6 @@
 """The EnvRunner: hosts environment instances and runs their episodes inside its own event loop.
 
-A turn costs one Serve-handle call; an episode costs its caller one call to this actor.
+A turn is a message on a connection to a replica; episodes begin and end many to a call of this actor.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from raygym.config import EnvConfig
 from raygym.env import EnvError, env_tools, make_env
 from raygym.env_host import EnvHost, Host
 from raygym.episode import EpisodeLimits, Generate, run_episode
+from raygym.episode_exchange import Client, EpisodeRequest, EpisodeServer, Finished
 from raygym.memory_limit import limit_memory, machine_memory_mib
 from raygym.nemo_gym.agent import run_agent_episode
 from raygym.places import Places
@@ -85,6 +86,7 @@ class EnvRunner:
         # Episodes that run or wait for their place, and the number of their attempt.
         self._episodes: dict[asyncio.Task[Any], int] = {}
         self._first_attempt = 0
+        self._asked = EpisodeServer(self._run_asked)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self._parser = tool_parser(parser, model_dir)
         self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()
@@ -158,6 +160,17 @@ class EnvRunner:
             raise
         finally:
             del self._episodes[running]
+
+    async def exchange(
+        self, client: Client, begin: Sequence[EpisodeRequest], cancelled: Sequence[int], wait_s: float
+    ) -> Finished:
+        """`run_episode` for a RolloutManager, many in one call; see `EpisodeServer.exchange`."""
+        return await self._asked.exchange(client, begin, cancelled, wait_s)
+
+    async def _run_asked(self, asked: EpisodeRequest) -> Trajectory:
+        return await self.run_episode(
+            asked.task, asked.group_id, asked.episode, asked.attempt, asked.sampling, asked.places
+        )
 
     async def ping(self) -> int:
         """How many episodes run or wait for their place: an answer means that the event loop is alive."""

@@ -111,7 +111,9 @@ class PolicyServer:
 
     async def metrics(self) -> tuple[str, str, int, int]:
         """This replica's rank, exposition, requests so far and requests running."""
-        return str(self._rank), generate_latest().decode(), self._requests, self._running
+        self._sessions.expire()
+        sessions = prometheus.gauge("raygym_open_sessions", "Recorded sessions that are open.", len(self._sessions))
+        return str(self._rank), generate_latest().decode() + sessions, self._requests, self._running
 
     async def _all_metrics(self) -> str:
         handle = serve.get_deployment_handle(DEPLOYMENT, self._app_name)

@@ -1,4 +1,4 @@
-"""The Ray actor that runs the Scheduler's assignments on the EnvRunners. One remote call per episode."""
+"""The Ray actor that runs the Scheduler's assignments on the EnvRunners, over one `EpisodeClient` each."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError
 
 from raygym.actors.actor_process import settle_process
 from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
 from raygym.config import EnvConfig, RolloutConfig
+from raygym.episode_exchange import EpisodeClient, EpisodesLost, Finished
 from raygym.loop_lag import LoopLag
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
 from raygym.task_stream import Taken, TaskStream
@@ -67,6 +69,8 @@ class RolloutManager:
                 runner.abandon_before.remote(self._scheduler.first_attempt)
         self._supervision = supervision or Supervision()
         self._supervisor: RunnerSupervisor | None = None
+        self._generation = state.restarts
+        self._clients: list[EpisodeClient] = []
         self._calls: dict[Assignment, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._stopped: RolloutStopped | None = None
@@ -193,9 +197,11 @@ class RolloutManager:
     async def _call(self, assignment: Assignment) -> Trajectory | EpisodeFailure:
         if self._supervisor is None:  # not by the constructor, which does not run in the actor's event loop
             self._supervisor = RunnerSupervisor(self._runners, self._supervision)
+            self._clients = [EpisodeClient(partial(_exchange, runner), self._generation) for runner in self._runners]
         supervisor = self._supervisor
         index = await supervisor.take()
-        reference = supervisor.runner(index).run_episode.remote(
+        deadline_s = self._deadline_s[assignment.task.env]
+        playing = self._clients[index].play(
             assignment.task,
             assignment.group_id,
             assignment.episode,
@@ -203,26 +209,15 @@ class RolloutManager:
             self._sampling[assignment.task.split],
             math.ceil(self._scheduler.max_concurrent / supervisor.up),
         )
-        deadline_s = self._deadline_s[assignment.task.env]
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline_s)
-        except asyncio.CancelledError:
-            _cancel(reference)
-            raise
+            async with asyncio.timeout(deadline_s):
+                return await playing
         except TimeoutError:
-            _cancel(reference)
             return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner did not answer within {deadline_s:.0f} s")
-        except TaskCancelledError:
-            return EpisodeFailure(FailureKind.CANCELLED, "its group was given up")
-        except RayActorError as error:
-            supervisor.lost(index, error)
-            return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner died: {str(error).splitlines()[0]}")
-        except RayTaskError as error:
-            if isinstance(error.cause, EpisodeFailure):
-                return EpisodeFailure(error.cause.kind, error.cause.detail)
-            return EpisodeFailure(FailureKind.ENV_ERROR, f"its EnvRunner raised: {error}")
-        except RayError as error:
-            return EpisodeFailure(FailureKind.ENV_ERROR, f"its EnvRunner: {error}")
+        except EpisodesLost as lost:
+            if isinstance(lost.error, RayActorError):
+                supervisor.lost(index, lost.error)
+            return EpisodeFailure(FailureKind.ENV_LOST, f"its EnvRunner is lost: {lost}")
         finally:
             supervisor.release(index)
 
@@ -247,6 +242,6 @@ def _deadline_s(config: RolloutConfig, env: EnvConfig) -> float:
     return (rounds + 1) * config.episode_timeout_s + _RUNNER_MARGIN_S
 
 
-def _cancel(reference: Any) -> None:
-    # Its result no longer matters, whether or not the runner still gets the message.
-    ray.cancel(reference)
+async def _exchange(runner: ActorHandle[Any], *args: Any) -> Finished:
+    finished: Finished = await asyncio.wrap_future(runner.exchange.remote(*args).future())
+    return finished

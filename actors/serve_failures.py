@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from ray.exceptions import (
@@ -59,3 +60,20 @@ async def ask_replicas(handle: Any, method: str, timeout_s: float, late: str) ->
         raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, f"{late} within {timeout_s:g} s") from error
     except Exception as error:
         raise engine_failure(error) from error
+
+
+async def replicas_that_answer(handle: Any, method: str, timeout_s: float) -> list[Any]:
+    """The answers of those running replicas that give one within `timeout_s`: Serve still lists some that died or hang.
+
+    Raises:
+        EpisodeFailure: Serve lists none, or does not say.
+    """
+    results = partial(handle.broadcast(method).results, timeout_s=timeout_s, return_exceptions=True)
+    try:
+        answers = await asyncio.to_thread(results)
+    except TimeoutError as error:
+        detail = f"Serve did not list the policy's replicas within {timeout_s:g} s"
+        raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail) from error
+    except Exception as error:
+        raise engine_failure(error) from error
+    return [answer for answer in answers if not isinstance(answer, Exception)]

@@ -14,7 +14,8 @@ import numpy as np
 from harness import report
 from harness.handle_round_trip import handle_round_trip_s
 from harness.ideal import makespan_s, steady_s
-from harness.rollout_stack import Measured, rollout_stack
+from harness.rollout_stack import APP, Measured, rollout_stack
+from harness.watched import Watch
 
 from raygym.simulate import SimulatedConfig, draw_latency_s, generator
 from raygym.tasks import turn_seed
@@ -107,6 +108,56 @@ def saturation(repetitions: int) -> dict[str, list[float]]:
     return samples
 
 
+def scale(repetitions: int) -> dict[str, list[float]]:
+    """10,000 simulated episodes at once, beside 100: what one costs and what it holds.
+
+    The cost is the processor time of all processes, Ray's own too, from the first call to the last group. So that
+    neither side pays more seconds of an idle Ray, both play the same 10,000 episodes at the same wanted 500 turns/s:
+    the places differ, and with them the engine's time of a turn, 20 s and 0.2 s. Starting the stack is not in it.
+    """
+    samples: dict[str, list[float]] = {}
+    for _ in range(min(repetitions, 2)):  # of three minutes each
+        few, many = at_once(100), at_once(10_000)
+        for values in (few, many):
+            add(samples, values)
+        ratio = many["cpu_ms_per_episode_10000"] / few["cpu_ms_per_episode_100"]
+        add(samples, {"cost_per_episode_10000_over_100": ratio})
+    return samples
+
+
+def at_once(places: int, episodes: int = 10_000, turns_per_s: float = 500, turns: int = 3) -> dict[str, float]:
+    """So many places, from empty to empty, once; all episodes must come back whole."""
+    rollout = {"groups_per_step": episodes // 4, "group_size": 4, "max_concurrent": places}
+    latency_s = places / turns_per_s
+    with rollout_stack({"turn_latency_s": latency_s}, rollout, turns=turns, steps=1) as stack:
+        stack.warm_up()
+        with Watch(APP) as watch:
+            measured = stack.collect()
+        played = trajectories(measured)
+        assert len(played) == episodes and all(len(t.turns) == turns for t in played), "not all episodes were played"
+        assert not measured.collected.failures, measured.collected.failures
+        values = {
+            "episodes_at_once": watch.most_requests,
+            "efficiency": makespan_s([latency_s * turns] * episodes, places) / measured.seconds,
+            "cpu_ms_per_episode": sum(measured.cpu_s.values()) / episodes * 1000,
+            **{f"cpu_ms_per_episode_{kind}": s / episodes * 1000 for kind, s in measured.cpu_s.items()},
+            "loop_lag_ms_p99": measured.collected.loop_lag_ms[1],
+            # While all were running none had come back, so the manager held none of their tokens.
+            "manager_kib_per_episode": watch.grown_kib("manager") / watch.most_requests,
+            "runner_kib_per_episode": watch.grown_kib("runner") / watch.most_requests,
+            "replica_kib_per_episode": watch.grown_kib("replica") / watch.most_requests,
+            # At the end it holds them all, until they are collected.
+            "manager_kib_per_finished_episode": (watch.most_kib("manager") - token_kib(played)) / episodes,
+        }
+    return {f"{key}_{places}": value for key, value in values.items()}
+
+
+def token_kib(played: list[Trajectory]) -> float:
+    """What the arrays of all trajectories hold."""
+    arrays = [(t.token_ids, t.loss_mask, t.logprobs, t.weight_versions) for t in played]
+    return sum(array.nbytes for four in arrays for array in four) / 1024
+
+
 def efficiency(name: str, simulated: dict[str, Any], places: int, episodes: int, repetitions: int) -> dict[str, Any]:
     """Ideal seconds over measured ones, and the time of a turn beyond the engine's own."""
     samples: dict[str, list[float]] = {}
@@ -143,6 +194,7 @@ MEASUREMENTS = {
     "heavy_tail": heavy_tail,
     "overhead": overhead,
     "saturation": saturation,
+    "10000": scale,
 }
 
 

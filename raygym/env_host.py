@@ -120,6 +120,9 @@ class EnvHost:
             self._worker.submit(self._close_late)
             self._worker.stop()
             return
+        if _closes_nothing(self._env):
+            self._worker.stop() if self._stuck else self._worker.leave()
+            return
         worker = _Worker() if self._stuck else self._worker
         closed = False
         try:
@@ -143,6 +146,10 @@ class EnvHost:
         messages = parse_reset(await result if inspect.isawaitable(result) else result)
         assert self._env is not None
         self.tools = env_tools(self._env)
+        if inspect.iscoroutinefunction(self._env.step) and _closes_nothing(self._env):
+            # Nothing of it will run in a thread any more, and thousands of idle ones are no small thing.
+            self._worker.leave()
+            self._worker = _Worker()
         return messages
 
     def _construct_and_reset(self, task: Task) -> Any:
@@ -179,6 +186,11 @@ class EnvHost:
             raise EpisodeFailure(FailureKind.ENV_ERROR, str(error)) from error
         except Exception as error:
             raise EpisodeFailure(FailureKind.ENV_ERROR, f"env.{what} raised {type(error).__name__}: {error}") from error
+
+
+def _closes_nothing(env: gymnasium.Env[Any, Any]) -> bool:
+    """Whether `close` is the one of gymnasium's base class, which is empty."""
+    return getattr(env.close, "__func__", None) is gymnasium.Env.close
 
 
 _IDLE_WORKERS = 16

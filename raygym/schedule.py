@@ -8,7 +8,7 @@ cause, and the next task of the order takes its place.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -73,7 +73,8 @@ class Collected:
 class Scheduler:
     """The rollout state of one run. Every method returns at once; the caller runs the assignments.
 
-    After any call, `obsolete` has running attempts whose outcome no longer matters.
+    After any call, `obsolete` has running attempts whose outcome no longer matters. With ten thousand episodes at once
+    each of them ends in a call of `finish` and one of `start`, so neither may walk over all groups or episodes.
     """
 
     def __init__(
@@ -103,10 +104,19 @@ class Scheduler:
         self._delivered = state.delivered
         self._slots_given = state.slots_given
         self._train: dict[str, OpenGroup] = {}
-        self._whole: list[str] = []
+        # Group IDs, in the order in which they became whole.
+        self._whole: dict[str, None] = {}
+        # In task order, of each step: how many of its groups are whole.
+        self._whole_of_step: Counter[int] = Counter()
+        # Of each admission's version: how many training groups are not whole.
+        self._unfinished: Counter[int] = Counter()
+        # With a group deadline, training groups in the order of their start; those that are done fall out in front.
+        self._by_start: deque[OpenGroup] = deque()
+        # Of each group in play: its attempts that wait or run.
+        self._attempts: dict[str, dict[Assignment, None]] = {}
         self._validation: dict[str, OpenGroup] = {}
-        self._waiting: deque[Assignment] = deque()
-        self._waiting_validation: deque[Assignment] = deque()
+        self._waiting: OrderedDict[Assignment, None] = OrderedDict()
+        self._waiting_validation: OrderedDict[Assignment, None] = OrderedDict()
         # In the order of their start.
         self._running: dict[Assignment, None] = {}
         self._running_validation = 0
@@ -163,7 +173,8 @@ class Scheduler:
         for task in tasks:
             group = OpenGroup(f"validation-{self._version}-{task.index}", task, 1, self._version)
             self._validation[group.group_id] = group
-        self._waiting_validation.extend(self._first(g, 0) for g in self._validation.values())
+        for group in self._validation.values():
+            self._wait(self._first(group, 0))
 
     def start(self) -> list[Assignment]:
         """Episodes to start now; they count as running until `finish` is called with each."""
@@ -175,6 +186,8 @@ class Scheduler:
             assert group is not None
             if group.started_s is None:
                 group.started_s = self._clock()
+                if self._options.group_deadline_s is not None and group.group_id in self._train:
+                    self._by_start.append(group)
             started.append(assignment)
         return started
 
@@ -190,6 +203,7 @@ class Scheduler:
         group = self._open_group(assignment.group_id)
         if group is None or group.whole():
             return
+        self._attempts.get(group.group_id, {}).pop(assignment, None)
         env = assignment.task.env
         kind, detail = failure_of(outcome)
         if isinstance(outcome, Trajectory) and not kind:
@@ -203,7 +217,7 @@ class Scheduler:
         self._budget.check_hope(assignment.task, kind, detail)
         if self._budget.may_retry(kind, assignment.attempt - self.first_attempt):
             retry = Assignment(assignment.group_id, assignment.task, assignment.episode, assignment.attempt + 1)
-            (self._waiting_validation if group.group_id in self._validation else self._waiting).appendleft(retry)
+            self._wait(retry, first=True)
         elif group.spare:
             group.spare -= 1
         else:
@@ -215,14 +229,20 @@ class Scheduler:
         Raises:
             RolloutStopped: this was one replaced group too many.
         """
-        for group, expires_s in self._expiries():
-            if self._clock() >= expires_s:
-                done = f"{len(group.finished)} of {group.size} episodes were done"
-                self._give_up(group, f"group_deadline: not whole after {self._options.group_deadline_s:g} s; {done}")
+        while (expires_s := self.next_expiry()) is not None and self._clock() >= expires_s:
+            group = self._by_start[0]
+            done = f"{len(group.finished)} of {group.size} episodes were done"
+            self._give_up(group, f"group_deadline: not whole after {self._options.group_deadline_s:g} s; {done}")
 
     def next_expiry(self) -> float | None:
         """When `expire` has something to do next, on the clock; None when nothing can expire."""
-        return min((expires_s for _, expires_s in self._expiries()), default=None)
+        while self._by_start:
+            oldest = self._by_start[0]
+            if self._train.get(oldest.group_id) is oldest and not oldest.whole():
+                assert oldest.started_s is not None and self._options.group_deadline_s is not None
+                return oldest.started_s + self._options.group_deadline_s
+            self._by_start.popleft()
+        return None
 
     def obsolete(self) -> list[Assignment]:
         """Running attempts whose outcome no longer matters, each told once: cancel them."""
@@ -241,7 +261,9 @@ class Scheduler:
         self._delivered += len(groups)
         for group in groups:
             del self._train[group.group_id]
-            self._whole.remove(group.group_id)
+            del self._whole[group.group_id]
+        self._whole_of_step.pop(step, None)
+        self._unfinished = +self._unfinished
         if self._options.order == "completion":
             self._drop_stale(step)
         return self._collected(groups, "train")
@@ -254,19 +276,19 @@ class Scheduler:
         self._validation = {}
         return self._collected(groups, "validation")
 
-    def _expiries(self) -> list[tuple[OpenGroup, float]]:
-        limit = self._options.group_deadline_s
-        if limit is None:
-            return []
-        open_groups = [group for group in self._train.values() if not group.whole()]
-        return [(group, group.started_s + limit) for group in open_groups if group.started_s is not None]
-
     def _next(self) -> Assignment | None:
         half = max(1, self.max_concurrent // 2)
         if self._waiting_validation and (not self._waiting or self._running_validation < half):
             self._running_validation += 1
-            return self._waiting_validation.popleft()
-        return self._waiting.popleft() if self._waiting else None
+            return self._waiting_validation.popitem(last=False)[0]
+        return self._waiting.popitem(last=False)[0] if self._waiting else None
+
+    def _wait(self, assignment: Assignment, *, first: bool = False) -> None:
+        waiting = self._waiting_validation if assignment.task.split == "validation" else self._waiting
+        waiting[assignment] = None
+        if first:
+            waiting.move_to_end(assignment, last=False)
+        self._attempts.setdefault(assignment.group_id, {})[assignment] = None
 
     def _admit(self) -> None:
         options = self._options
@@ -298,11 +320,10 @@ class Scheduler:
         size, spare = self._options.group_size, self._options.extra_episodes
         group = OpenGroup(f"{task.split}-{task.index}", task, size, admitted_at, slot, spare)
         self._train[group.group_id] = group
+        self._unfinished[admitted_at] += 1
         episodes = [self._first(group, episode) for episode in range(size + spare)]
-        if first:
-            self._waiting.extendleft(reversed(episodes))
-        else:
-            self._waiting.extend(episodes)
+        for assignment in reversed(episodes) if first else episodes:
+            self._wait(assignment, first=first)
         return len(episodes)
 
     def _first(self, group: OpenGroup, episode: int) -> Assignment:
@@ -316,7 +337,10 @@ class Scheduler:
         rewards = {trajectory.reward for trajectory in group.finished.values()}
         if not self._options.dynamic_sampling or len(rewards) > 1:
             self._uniform_in_a_row = 0
-            self._whole.append(group.group_id)
+            self._whole[group.group_id] = None
+            self._unfinished[group.admitted_at] -= 1
+            if group.slot >= 0:
+                self._whole_of_step[group.slot // self._options.groups_per_step] += 1
             return
         self._uniform_in_a_row += 1
         if self._uniform_in_a_row > self._options.max_uniform_groups:
@@ -346,32 +370,37 @@ class Scheduler:
         self._events[group.task.split].dropped.append(Dropped(group.task, group.group_id, cause))
         self._forget(group)
         self._validation.pop(group.group_id, None)
-        self._train.pop(group.group_id, None)
+        if self._train.pop(group.group_id, None) is None:
+            return
         if group.group_id in self._whole:
-            self._whole.remove(group.group_id)
+            del self._whole[group.group_id]  # it has no slot: in task order, what is whole is delivered
+        else:
+            self._unfinished[group.admitted_at] -= 1
 
     def _forget(self, group: OpenGroup) -> None:
         """No further attempt at this group is wanted."""
-        self._waiting = deque(a for a in self._waiting if a.group_id != group.group_id)
-        self._waiting_validation = deque(a for a in self._waiting_validation if a.group_id != group.group_id)
-        self._obsolete |= dict.fromkeys(a for a in self._running if a.group_id == group.group_id)
+        for assignment in self._attempts.pop(group.group_id, ()):
+            if assignment in self._running:
+                self._obsolete[assignment] = None
+            self._waiting.pop(assignment, None)
+            self._waiting_validation.pop(assignment, None)
 
     def _by_slot(self, step: int) -> list[OpenGroup] | None:
         size = self._options.groups_per_step
-        by_slot = {group.slot: group for group in self._train.values() if group.slot // size == step}
-        if len(by_slot) < size or any(group.group_id not in self._whole for group in by_slot.values()):
+        if self._whole_of_step[step] < size:
             return None
-        return [by_slot[slot] for slot in sorted(by_slot)]
+        return sorted((group for group in self._train.values() if group.slot // size == step), key=lambda g: g.slot)
 
     def _by_completion(self, step: int) -> list[OpenGroup] | None:
-        due = [group for group in self._train.values() if self._last_step(group) <= step]
-        if not self._options.over_sampling and any(group.group_id not in self._whole for group in due):
+        size = self._options.groups_per_step
+        if len(self._whole) < size:
+            return None
+        due = step - self._options.max_staleness  # a group of this version or an older one is too stale afterwards
+        if not self._options.over_sampling and any(n for version, n in self._unfinished.items() if version <= due):
             return None
         # A stable sort: of the same urgency, the first that was whole.
-        urgent = {group.group_id for group in due}
-        size = self._options.groups_per_step
-        chosen = sorted(self._whole, key=lambda group_id: group_id not in urgent)[:size]
-        return [self._train[group_id] for group_id in chosen] if len(chosen) == size else None
+        whole = [self._train[group_id] for group_id in self._whole]
+        return sorted(whole, key=lambda group: group.admitted_at > due)[:size]
 
     def _last_step(self, group: OpenGroup) -> int:
         return group.admitted_at + self._options.max_staleness

@@ -10,9 +10,9 @@ from raygym.turn_batch import TurnRequest, pack_turns, unpack_answers
 from raygym.turn_server import TurnAddress
 from raygym.types import EpisodeFailure, FailureKind, Generation
 
-# While turns wait and nothing comes, the replica is asked this often whether it is alive.
+# While turns wait, the replica is asked this often whether it is alive.
 _ASK_EVERY_S = 5.0
-# The event loop of a replica can be busy for seconds; one that says nothing for so long hangs.
+# The event loop of a replica can be busy for seconds; one that owes an answer to that for so long hangs.
 _SILENT_AFTER_S = 30.0
 
 
@@ -33,7 +33,8 @@ class TurnClient(Frames):
         self._unsent: list[TurnRequest] = []
         self._cancelled: list[int] = []
         self._flush = Soon(self._send_waiting)
-        self._heard_s = 0.0
+        # When it was asked whether it is alive, as long as nothing has come since.
+        self._asked_s: float | None = None
         self._watch: asyncio.TimerHandle | None = None
 
     async def connect(self, timeout_s: float) -> None:
@@ -52,6 +53,11 @@ class TurnClient(Frames):
         """Turns without an answer yet."""
         return len(self._futures)
 
+    @property
+    def suspect(self) -> bool:
+        """Whether the replica has owed a sign of life for a while: it is busy, or it hangs."""
+        return self._silent_s() > _ASK_EVERY_S
+
     async def ask(self, request: TurnRequest) -> Generation:
         """Send it, together with what else is asked at this moment; wait for its answer.
 
@@ -62,8 +68,6 @@ class TurnClient(Frames):
         loop = asyncio.get_running_loop()
         if self.transport is None or self.transport.is_closing():
             raise self._gone()
-        if not self._futures:
-            self._heard_s = loop.time()
         future: asyncio.Future[Generation] = loop.create_future()
         self._futures[request.number] = future
         self._unsent.append(request)
@@ -80,7 +84,7 @@ class TurnClient(Frames):
 
     def received(self, frame: bytes) -> None:
         """Answers, or a sign of life."""
-        self._heard_s = asyncio.get_running_loop().time()
+        self._asked_s = None
         if not frame:
             return
         for number, answer in unpack_answers(frame).items():
@@ -104,18 +108,23 @@ class TurnClient(Frames):
         if requests or cancelled:
             self.send(pack_turns(requests, cancelled))
 
+    def _silent_s(self) -> float:
+        return 0.0 if self._asked_s is None else asyncio.get_running_loop().time() - self._asked_s
+
     def _check_alive(self) -> None:
         self._watch = None
-        if not self._futures:
-            return
         loop = asyncio.get_running_loop()
-        silent_s = loop.time() - self._heard_s
-        if silent_s > _SILENT_AFTER_S:
+        if self._asked_s is None:
+            if not self._futures:
+                return
+            self._asked_s = loop.time()
+            self.send(b"")
+        elif (silent_s := self._silent_s()) > _SILENT_AFTER_S:
             detail = f"replica {self.address.replica} of the PolicyServer gave no sign of life for {silent_s:.0f} s"
             self._fail_all(EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail))
             self.close()
             return
-        self.send(b"")
+        # Also when all turns were given up meanwhile, as with short deadlines: one that hangs must be noticed.
         self._watch = loop.call_later(_ASK_EVERY_S, self._check_alive)
 
     def _gone(self) -> EpisodeFailure:

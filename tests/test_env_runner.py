@@ -15,9 +15,12 @@ import pytest
 import ray
 from ray import serve
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from raygym.actors.env_runner import EnvRunner, start_env_runner
 from raygym.actors.serve_failures import engine_failure
+from raygym.actors.turn_exchange import TurnExchange
 from raygym.config import EnvConfig
 from raygym.env import ChatEnv, EnvError
 from raygym.episode import EpisodeLimits
@@ -193,6 +196,76 @@ class TestPlainClass:
 def test_what_serve_errors_mean(error, kind):
     failure = engine_failure(error)
     assert failure.kind is kind and failure.detail
+
+
+class FakeServe:
+    """A deployment's handle whose replicas are TurnServers of this process; an exception is one that died or hangs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.listed: list[TurnAddress | Exception] = []
+        self.first: asyncio.Future[TurnAddress] = asyncio.get_running_loop().create_future()
+        self.turn_address = self
+        self.servers: list[TurnServer] = []
+        monkeypatch.setattr("raygym.actors.turn_exchange.serve.get_deployment_handle", lambda *_: self)
+
+    def remote(self) -> asyncio.Future[TurnAddress]:
+        return self.first
+
+    def broadcast(self, method: str) -> FakeServe:
+        return self
+
+    def results(self, timeout_s: float, return_exceptions: bool = False) -> list[Any]:
+        if not self.listed:
+            raise DeploymentUnavailableError(DeploymentID("d", "a"))
+        for each in self.listed:
+            if isinstance(each, Exception) and not return_exceptions:
+                raise each
+        return self.listed
+
+    async def replica(self, name: str) -> TurnAddress:
+        async def generate(request: Any) -> Generation:
+            return answer(name)
+
+        self.servers.append(TurnServer(generate))
+        return await self.servers[-1].address(name, "127.0.0.1")
+
+
+@pytest.fixture
+async def fake_serve(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fake = FakeServe(monkeypatch)
+    yield fake
+    for server in fake.servers:
+        server.close()
+
+
+class TestTurnExchange:
+    PROMPT = np.asarray([20], np.int32)
+
+    async def test_a_replica_that_died_does_not_hide_the_others(self, fake_serve: FakeServe) -> None:
+        dead = WorkerCrashedError()
+        fake_serve.listed = [dead, await fake_serve.replica("7"), TimeoutError()]
+        generated = await TurnExchange("d", "a")(self.PROMPT, SAMPLING, "s")
+        assert generated.token_ids.tolist() == answer("7").token_ids.tolist()
+
+    async def test_while_there_is_no_replica_turns_wait_for_one(self, fake_serve: FakeServe) -> None:
+        exchange = TurnExchange("d", "a")
+        asked = [asyncio.ensure_future(exchange(self.PROMPT, SAMPLING, f"s{i}")) for i in range(3)]
+        asked[0].cancel()  # its deadline; the others wait on
+        await asyncio.wait(asked, timeout=0.2)
+        assert [turn.done() for turn in asked] == [True, False, False]
+        fake_serve.first.set_result(await fake_serve.replica("8"))
+        assert [(await turn).token_ids.tolist() for turn in asked[1:]] == [answer("8").token_ids.tolist()] * 2
+
+    async def test_new_sessions_avoid_a_replica_that_may_hang(
+        self, fake_serve: FakeServe, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake_serve.listed = [await fake_serve.replica("7"), await fake_serve.replica("8")]
+        suspect = property(lambda client: client.address.replica == "7")
+        monkeypatch.setattr("raygym.turn_client.TurnClient.suspect", suspect)
+        exchange = TurnExchange("d", "a")
+        for i in range(4):
+            generated = await exchange(self.PROMPT, SAMPLING, f"s{i}")
+            assert generated.token_ids.tolist() == answer("8").token_ids.tolist()
 
 
 class FakePolicy:

@@ -99,3 +99,41 @@ async def test_thousands_of_aborted_episodes(renderer: ChatRenderer) -> None:  #
     assert len(Counted.alive) == 0
     assert Counted.closed > 0
     assert len(asyncio.all_tasks()) == 1
+
+
+class Native(ChatEnv):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "Go.", {}
+
+    async def step(self, action):
+        return "On.", 1.0, True, False, {}
+
+
+class NativeWithClose(Native):
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def close(self):
+        assert threading.get_ident() == self.thread
+
+
+async def test_environments_whose_turns_are_coroutines_hold_no_thread() -> None:
+    def env_threads() -> int:
+        return sum(thread.name == "raygym-env" for thread in threading.enumerate())
+
+    hosts = [EnvHost(Native) for _ in range(100)]
+    await asyncio.gather(*(host.reset(TASK, 30) for host in hosts))
+    deadline = time.monotonic() + 10
+    while env_threads() > 16 and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    assert env_threads() <= 16, "more than those that are kept for the next environments"
+    action = {"role": "assistant", "content": ""}
+    assert [(await host.step(action, 30)).reward for host in hosts] == [1.0] * 100
+    for host in hosts:
+        await host.close()
+    # One that has something to close needs the thread that it was made in.
+    closing = EnvHost(NativeWithClose)
+    await closing.reset(TASK, 30)
+    await closing.close()
+    assert not closing.close_problem

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -160,6 +163,55 @@ def test_any_interleaving_keeps_the_promises(
     # Exactly once: nothing of the order is skipped, nothing comes twice.
     assert sorted(trained + dropped) == list(range(len(trained) + len(dropped)))
     assert all(drop.cause for step in collected for drop in step.dropped)
+
+
+def steps_of(call: Callable[[], Any]) -> int:
+    """Lines of Python that a call executes, each round of a loop or comprehension counted."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("order", ["task", "completion"])
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_episodes_end_costs_the_same_whatever_is_in_play(order: str, waits: bool) -> None:
+    """One that makes its group whole, and one that has its group replaced: with 10 groups in play and with 500."""
+
+    def costs(groups: int) -> list[int]:
+        schedule = scheduler(
+            groups_per_step=groups,
+            max_concurrent=12 if waits else 2 * groups,
+            order=order,
+            max_staleness=1,
+            group_deadline_s=10.0,
+            max_retries=0,
+        )
+        running = schedule.start()
+
+        def end(outcome: Any) -> None:
+            schedule.expire()
+            schedule.finish(running.pop(0), outcome)
+            running.extend(schedule.start())
+            schedule.obsolete()
+            schedule.next_expiry()
+            assert schedule.collect_step(0) is None
+
+        for _ in range(4):
+            end(played(running[0]))
+        return [steps_of(lambda: end(played(running[0]))) for _ in range(2)] + [steps_of(lambda: end(LOST))]
+
+    assert costs(500) == costs(10)
 
 
 def test_a_failed_episode_is_retried_then_its_group_replaced() -> None:

@@ -215,6 +215,26 @@ async def test_a_replica_that_hangs_is_engine_timeout(monkeypatch: pytest.Monkey
         assert raised.value.kind is FailureKind.ENGINE_TIMEOUT and p.lost
 
 
+async def test_a_replica_that_hangs_is_noticed_though_its_turns_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a turn's deadline that is shorter than what a busy replica is granted."""
+    monkeypatch.setattr("raygym.turn_client._ASK_EVERY_S", 0.02)
+    monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 0.2)
+    async with pair(Engine()) as p:
+        client = await p.client()
+        first = p.asked(client, 0)
+        await until(lambda: p.server.running == 1)
+        monkeypatch.setattr("raygym.turn_server._Sender.received", lambda self, frame: None)
+        assert not client.suspect
+        number = 2
+        async with asyncio.timeout(5):
+            while not p.lost:
+                first.cancel()
+                number, first = number + 2, p.asked(client, number)
+                await asyncio.sleep(0.05)
+                assert client.suspect or number < 8
+        assert first.done() and client.waiting == 0
+
+
 async def test_only_who_knows_the_secret_is_served() -> None:
     engine = Engine()
     async with pair(engine) as p:

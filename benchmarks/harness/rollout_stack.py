@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 
+from harness.watched import processes
 from raygym.actors import cluster, serving
 from raygym.actors.env_runner import start_env_runner
 from raygym.actors.policy_server import DEPLOYMENT
@@ -21,11 +22,15 @@ from raygym.config import EnvConfig, PolicyConfig, RolloutConfig
 from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
 from raygym.schedule import Collected
+from raygym.tasks import validation_tasks
+from raygym.types import Sampling
 
-_APP = "rollout-benchmark"
-# Where this package is, for the runners to import the environment from.
-_IMPORTS = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}}
+APP = "rollout-benchmark"
+# Where this package is, for the runners to import the environment from, and the raygym beside it.
+_FOLDER = Path(__file__).resolve().parent.parent
+_IMPORTS = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_FOLDER), str(_FOLDER.parent)])}}
 MAX_TOKENS = 16
+ENV = "fixed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ def rollout_stack(
     config = RolloutConfig(max_tokens_per_turn=MAX_TOKENS, turn_timeout_s=600, episode_timeout_s=3600, **rollout)
     policy = PolicyConfig(model="tiny", engine="simulated", simulated={"max_model_len": 8192, **simulated})
     model_dir = str(resolve_policy("tiny"))
-    env = EnvConfig(id="harness.fixed_turns:FixedTurns", name="fixed", kwargs={"turns": turns}, max_turns=turns)
+    env = EnvConfig(id="harness.fixed_turns:FixedTurns", name=ENV, kwargs={"turns": turns}, max_turns=turns)
     limits = EpisodeLimits(
         max_turns=turns,
         max_tokens_per_turn=MAX_TOKENS,
@@ -57,7 +62,7 @@ def rollout_stack(
     )
     cluster.connect()
     try:
-        serving.deploy(_APP, policy, model_dir, cluster.http_port(policy.http))
+        serving.deploy(APP, policy, model_dir, cluster.http_port(policy.http))
         runners = [
             start_env_runner(
                 [env],
@@ -65,7 +70,7 @@ def rollout_stack(
                 limits,
                 0,
                 deployment=DEPLOYMENT,
-                app=serving.app_name(_APP),
+                app=serving.app_name(APP),
                 max_concurrent=config.max_concurrent,
                 runtime_env=_IMPORTS,
             )
@@ -73,18 +78,29 @@ def rollout_stack(
         ]
         manager = start_manager(config, [env], 0, steps, 0.0, runners)
         ray.get([runner.ping.remote() for runner in runners], timeout=120)
-        yield Stack(manager)
+        yield Stack(manager, runners)
     finally:
-        serving.undeploy(_APP)
+        serving.undeploy(APP)
         cluster.disconnect()
 
 
 class Stack:
     """A started stack; each collection is the next step."""
 
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: Any, runners: Sequence[Any]) -> None:
         self._manager = manager
+        self._runners = runners
         self._step = 0
+
+    def warm_up(self) -> None:
+        """A few episodes past the manager, so that what EnvRunners and engines load late is there."""
+        tasks = validation_tasks([(ENV, 1.0)], 64)
+        calls = [
+            runner.run_episode.remote(task, f"warm-up-{task.index}", 0, 0, Sampling(1.0, MAX_TOKENS))
+            for runner in self._runners
+            for task in tasks
+        ]
+        ray.get(calls, timeout=600)
 
     def collect(self, timeout_s: float = 1200) -> Measured:
         """The next step's groups."""
@@ -99,12 +115,8 @@ class Stack:
 
 def _cpu_s() -> dict[str, float]:
     totals: dict[str, float] = {}
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            name, times = " ".join(process.cmdline()), process.cpu_times()
-        except psutil.Error:
-            continue  # it has just ended
-        kinds = (("RolloutManager", "manager"), ("EnvRunner", "runner"), ("PolicyServer", "replica"))
-        kind = next((kind for mark, kind in kinds if mark in name), "driver" if process.pid == os.getpid() else "other")
-        totals[kind] = totals.get(kind, 0.0) + times.user + times.system
+    for kind, process in processes():
+        with suppress(psutil.Error):  # it has just ended
+            times = process.cpu_times()
+            totals[kind] = totals.get(kind, 0.0) + times.user + times.system
     return totals

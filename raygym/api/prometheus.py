@@ -22,6 +22,11 @@ class _Merged(Collector):
         return self._families
 
 
+def gauge(name: str, documentation: str, value: float) -> str:
+    """The exposition of one gauge."""
+    return generate_latest(_Merged([GaugeMetricFamily(name, documentation, value=value)])).decode()
+
+
 def merged(expositions: Mapping[str, str], requests: Mapping[str, tuple[int, int]]) -> str:
     """The exposition of a whole deployment.
 
