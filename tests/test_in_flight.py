@@ -67,6 +67,13 @@ class Replica:
         await until(lambda: len(self.engine.running) == before + count)
         return asked
 
+    async def finish(self, *tasks: asyncio.Task[Any]) -> None:
+        def over() -> bool:
+            self.engine.finish()
+            return all(task.done() for task in tasks)
+
+        await until(over)
+
     async def update(self, on_update: OnUpdate, timeout_s: float = ALWAYS) -> tuple[int, int]:
         async with self.in_flight.updating(on_update, timeout_s) as update:
             self.engine.version += 1
@@ -125,6 +132,7 @@ async def test_one_that_cannot_begin_again_is_waited_for_or_kept() -> None:
     streams = await replica.turns(1, restartable=False)
     await replica.turns(1)
     assert await replica.update("restart_turn") == (1, 0)
+    await until(lambda: len(replica.engine.running) == 2)
     assert await replica.update("finish_turn", 0.01) == (0, 2)
     replica.engine.finish()
     assert await streams[0] == (0, 2)
@@ -170,6 +178,7 @@ async def test_a_turn_that_is_over_when_the_restart_comes_is_not_lost() -> None:
     (turn,) = await replica.turns(1)
     replica.engine.finish()
     await replica.update("restart_turn")
+    await until(lambda: turn.done() or replica.engine.running)
     replica.engine.finish()
     assert await turn in ((0, 0), (1, 1))
     assert turn.cancelling() == 0
@@ -225,8 +234,7 @@ async def test_an_update_given_up_before_the_weights_changed_changes_nothing(on_
     with pytest.raises(asyncio.CancelledError):
         await updating
     replica.engine.slow_to_abort.set()
-    await until(lambda: len(replica.engine.running) == 2)
-    replica.engine.finish()
+    await replica.finish(turn, late_comer)
     assert await asyncio.gather(turn, late_comer) == [(0, 0), (0, 0)]
 
 
@@ -270,11 +278,7 @@ def test_any_order_of_events(events: list[str], on_update: OnUpdate, in_time: bo
             for _ in range(rng.randrange(4)):
                 await asyncio.sleep(0)
 
-        def over() -> bool:
-            replica.engine.finish()
-            return all(task.done() for task in (*updates, *(turn for turn, _ in asked)))
-
-        await until(over)
+        await replica.finish(*updates, *(turn for turn, _ in asked))
         for turn, restartable in asked:
             if turn in cancelled:
                 assert turn.cancelled()
