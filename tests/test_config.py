@@ -70,6 +70,8 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"learner": {"deepspeed": {"zero_optimization": {"stage": 4}}}}, ["zero_optimization", "0, 1, 2 or 3"]),
         ({"policy": {"model": "tiny", "vllm": {"generation_config": "auto"}}}, ["policy.vllm.generation_config"]),
         ({"policy": {}}, ["policy.model", "missing"]),
+        ({"sync": {"on_update": "wait"}}, ["sync.on_update", "finish_turn", "'wait'"]),
+        ({"sync": {"on_update": "finish_turn", "timeout_s": 20}}, ["sync.finish_timeout_s", "less than", "20"]),
         ({"envs": []}, ["envs", "at least 1"]),
         ({"envs": [{"id": "a"}, {"id": "a"}]}, ["envs", "name"]),
         ({"name": "a/b"}, ["name", "folder"]),
