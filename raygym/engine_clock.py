@@ -76,4 +76,4 @@ class EngineClock:
         made_s = started.seconds + seconds * np.arange(1, count + 1) / count
         # On the left: a token that was made at the very moment of a change was made before it.
         changes = np.searchsorted(self._changed_s, made_s, side="left")
-        return np.asarray(self._versions, np.int32)[np.maximum(changes, started.changes)]
+        return np.take(np.asarray(self._versions, np.int32), np.maximum(changes, started.changes))

@@ -129,9 +129,8 @@ class InFlight:
 
     def _cancel(self, update: Update, *, everything: bool) -> None:
         for task, running in self._running.items():
-            # One that its caller has cancelled is on its way out: a second cancel would only disturb its cleaning up.
-            free = running.cancelled_by is None and task.cancelling() == running.cancels
-            if free and (running.restartable or everything):
+            # One that is cancelled already is on its way out: a second cancel would only disturb its cleaning up.
+            if task.cancelling() == running.cancels and (running.restartable or everything):
                 running.cancelled_by = update
                 task.cancel()
 

@@ -103,8 +103,23 @@ async def test_finish_turn_waits_for_all_and_new_turns_wait_for_the_weights() ->
     assert await turns[1] == (0, 0)
     assert await updating == (0, 0)
     await until(lambda: replica.engine.running)
+    again = asyncio.ensure_future(replica.update("finish_turn"))
+    await asyncio.sleep(0.001)
+    assert not again.done(), "the next update waits as well"
     replica.engine.finish()
     assert await late_comer == (1, 1)
+    assert await again == (0, 0)
+
+
+async def test_a_gate_that_closes_again_at_once_lets_nobody_slip_through() -> None:
+    replica = Replica()
+    async with replica.in_flight.updating("finish_turn", ALWAYS):
+        turn = replica.turn()
+        await asyncio.sleep(0)
+    async with replica.in_flight.updating("finish_turn", ALWAYS):
+        await asyncio.sleep(0.001)
+        assert replica.engine.running == {}
+    await replica.finish(turn)
 
 
 async def test_finish_turn_keeps_what_is_late() -> None:
@@ -156,6 +171,25 @@ async def test_a_caller_that_gives_up_frees_the_engine_wherever_its_turn_is() ->
         with pytest.raises(asyncio.CancelledError):
             await turn
     assert replica.engine.running == {} and replica.engine.started == 2
+
+
+async def test_a_turn_on_its_way_out_is_not_cancelled_twice() -> None:
+    replica = Replica()
+    given_up, stopped = await replica.turns(2)
+    replica.engine.slow_to_abort.clear()
+    given_up.cancel()
+    await asyncio.sleep(0.001)
+    with pytest.raises(OSError, match="disk"):
+        async with replica.in_flight.updating("restart_turn", 0.01) as update:
+            assert update.late == 2 and len(replica.engine.running) == 2, "their cleaning up was disturbed"
+            raise OSError("disk")
+    await asyncio.sleep(0)
+    assert len(replica.engine.running) == 2
+    replica.engine.slow_to_abort.set()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    with pytest.raises(EngineError, match="disk"):
+        await stopped
 
 
 async def test_a_deadline_of_the_caller_holds_across_a_restart() -> None:
