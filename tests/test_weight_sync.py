@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from raygym.types import Generation, Int32Array, Sampling, TrainSequence
 from raygym.weights import Manifest, plan_manifest
 
 if TYPE_CHECKING:
+    from raygym.actors.learner_group import LearnerGroup
     from raygym.actors.weight_sync import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -247,28 +248,35 @@ def one_simulated(ray_cluster: None) -> Iterator[Engines]:
 
 
 class ModelFiles:
-    """In place of learners: sends the weights of the policy's files, from this process."""
+    """In place of learners: an actor that sends the weights of the policy's files."""
 
     def __init__(self, model_dir: str) -> None:
-        self._weights = load_file(f"{model_dir}/model.safetensors")
-        self._group = ""
+        import ray
 
-    def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
-        return [getattr(self, method)(*args)]
-
-    def weight_manifest(self, bucket_bytes: int) -> Manifest:
-        return plan_manifest([(name, w.shape) for name, w in self._weights.items()], "float32", bucket_bytes)
-
-    def join_weight_group(self, group: str, size: int, timeout_s: float) -> None:
         from raygym.actors.collective import join_group
-
-        join_group(group, 0, size, timeout_s)
-        self._group = group
-
-    def publish_weights(self, manifest: Manifest) -> dict[str, int]:
         from raygym.actors.weight_sender import send_version
 
-        return send_version(manifest, lambda names: ((name, self._weights[name]) for name in names), self._group)
+        class Sender:  # in here, since workers cannot import this module
+            def __init__(self) -> None:
+                self.weights = load_file(f"{model_dir}/model.safetensors")
+                self.group = ""
+
+            def weight_manifest(self, bucket_bytes: int) -> Manifest:
+                return plan_manifest([(name, w.shape) for name, w in self.weights.items()], "float32", bucket_bytes)
+
+            def join_weight_group(self, group: str, size: int, timeout_s: float) -> None:
+                join_group(group, 0, size, timeout_s)
+                self.group = group
+
+            def publish_weights(self, manifest: Manifest) -> dict[str, int]:
+                return send_version(manifest, lambda names: ((n, self.weights[n]) for n in names), self.group)
+
+        self.actor: Any = ray.remote(Sender).options(num_cpus=0).remote()
+
+    def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        import ray
+
+        return [ray.get(getattr(self.actor, method).remote(*args), timeout=timeout_s)]
 
 
 class TestTurnsInFlight:
@@ -281,17 +289,19 @@ class TestTurnsInFlight:
     def test_policies(
         self, one_simulated: Engines, on_update: OnUpdate, versions: set[int], versions_over_http: set[int]
     ) -> None:
-        from raygym.actors.collective import leave_group
+        import ray
+
         from raygym.actors.weight_sync import WeightSync
 
         engines, files = one_simulated, ModelFiles(one_simulated.model_dir)
-        sync = WeightSync(SyncConfig(on_update=on_update, finish_timeout_s=20), files, engines.handle, 1)
+        config = SyncConfig(on_update=on_update, timeout_s=30, finish_timeout_s=20)
+        sync = WeightSync(config, cast("LearnerGroup", files), engines.handle, 1)
         sync.connect()
         with in_flight(engines, 8, 200, {"seed": 1}) as (turns, chat):
             published = sync.publish(engines.version + 1)
             answers = [turn.result(timeout_s=60) for turn in turns]
             over_http = chat.result()
-        leave_group(files._group)
+        ray.kill(files.actor)
         assert (published.turns_restarted, published.turns_late) == (8 if on_update == "restart_turn" else 0, 0)
         made_by = {version - engines.version for answer in answers for version in answer.weight_versions.tolist()}
         assert made_by == versions
