@@ -315,6 +315,11 @@ class RunConfig(Section):
             )
         if rollout.over_sampling and rollout.order == "task":
             raise ValueError("rollout.over_sampling: needs rollout.order: completion, since it drops the slowest tasks")
+        if self.sync.on_update == "finish_turn" and self.sync.finish_timeout_s >= rollout.turn_timeout_s:
+            raise ValueError(
+                f"sync.finish_timeout_s: turns that wait so long ({self.sync.finish_timeout_s:g} s) miss their own "
+                f"deadline; expected less than rollout.turn_timeout_s ({rollout.turn_timeout_s:g})"
+            )
         if unknown := sorted(set(rollout.retries) - set(FailureKind)):
             raise ValueError(
                 f"rollout.retries: {unknown[0]!r} is no kind of failure; expected {', '.join(FailureKind)}"
