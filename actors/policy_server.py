@@ -18,9 +18,8 @@ from ray.exceptions import RayError
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_receiver import receive_version
 from raygym.api import prometheus
-from raygym.api.call import current_call
-from raygym.api.errors import ApiError
 from raygym.api.front import ApiFront, FrontOptions
+from raygym.api.gated import Gated
 from raygym.api.sessions import SessionStore
 from raygym.config import PolicyConfig
 from raygym.engine import Engine, EngineError
@@ -103,19 +102,8 @@ class PolicyServer:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's late-bound hook: the engine's own HTTP application, behind what training adds to it."""
-        app = await self._engine.asgi_app()
-
-        async def behind_the_gate(scope: Any, receive: Any, send: Any) -> None:
-            call = current_call.get()
-            if call is None or call.kind == "tokenize":
-                return await app(scope, receive, send)
-            try:
-                # Not restartable: the client may have read the beginning of the answer.
-                await self._in_flight.run(lambda: app(scope, receive, send), restartable=False)
-            except EngineError as error:
-                raise ApiError(503, str(error), code="engine_lost") from error
-
-        front = ApiFront(behind_the_gate, self._sessions, self._front, self._all_metrics)
+        app = Gated(await self._engine.asgi_app(), self._in_flight)
+        front = ApiFront(app, self._sessions, self._front, self._all_metrics)
 
         async def counted(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] != "http":
