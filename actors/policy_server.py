@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import itertools
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_receiver import receive_version
 from raygym.api import prometheus
 from raygym.api.front import ApiFront, FrontOptions
+from raygym.api.gated import Gated
 from raygym.api.sessions import SessionStore
 from raygym.config import PolicyConfig
 from raygym.engine import Engine, EngineError
+from raygym.in_flight import InFlight, OnUpdate
 from raygym.models import stop_token_ids
 from raygym.simulate import SimulatedConfig, SimulatedEngine
 from raygym.tool_parsers import tool_parser
@@ -41,6 +44,16 @@ class ReplicaState:
     rank: int
     weight_version: int
     weights_checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What came of one version in one replica."""
+
+    state: ReplicaState
+    turns_restarted: int
+    turns_late: int
+    """Turns that `finish_turn` waited for in vain."""
 
 
 async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
@@ -69,6 +82,8 @@ class PolicyServer:
         self._front = front or FrontOptions()
         self._engine = await start_engine(config, model_dir)
         self._requests = self._running = 0
+        self._in_flight = InFlight()
+        self._request_numbers = itertools.count(1)
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._rank: int = context.rank.rank
@@ -89,7 +104,7 @@ class PolicyServer:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's late-bound hook: the engine's own HTTP application, behind what training adds to it."""
-        app = await self._engine.asgi_app()
+        app = Gated(await self._engine.asgi_app(), self._in_flight)
         front = ApiFront(app, self._sessions, self._front, self._all_metrics)
 
         async def counted(scope: Any, receive: Any, send: Any) -> None:
@@ -136,9 +151,15 @@ class PolicyServer:
         Raises:
             EpisodeFailure: `engine_error`, with the engine's reason.
         """
-        with self._counted() as number:
+
+        def generation() -> Coroutine[Any, Any, Generation]:
+            # A restarted turn is a new request: the engine may not have forgotten the first one's name yet.
+            request_id = f"{session_id}-{next(self._request_numbers)}"
+            return self._engine.generate(prompt_token_ids, sampling, request_id)
+
+        with self._counted():
             try:
-                return await self._engine.generate(prompt_token_ids, sampling, f"{session_id}-{number}")
+                return await self._in_flight.run(generation)
             except Exception as error:
                 raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}") from error
 
@@ -170,8 +191,16 @@ class PolicyServer:
         self._received, checksums = await asyncio.to_thread(receive_version, self._manifest, self._group)
         return checksums
 
-    async def apply(self, version: int, checksum: str) -> ReplicaState:
-        """Pause, replace all weights by the received version, resume.
+    async def apply(
+        self, version: int, checksum: str, on_update: OnUpdate = "keep", finish_timeout_s: float = 30.0
+    ) -> Applied:
+        """Pause, replace all weights by the received version, resume; and what `on_update` says of turns that run.
+
+        Args:
+            version: what to call it.
+            checksum: of what was published.
+            on_update: see `raygym.in_flight`.
+            finish_timeout_s: see `InFlight.updating`.
 
         Raises:
             WeightsError: nothing was received, or the engine loaded something else than what was published.
@@ -179,19 +208,22 @@ class PolicyServer:
         """
         if self._received is None:
             raise WeightsError(f"replica {self._rank} has not received version {version}")
-        await self._engine.pause()
+        async with self._in_flight.updating(on_update, finish_timeout_s) as update:
+            await self._replace(self._received, version, checksum)
+        return Applied(self.state_now(), update.restarted, update.late)
+
+    async def _replace(self, received: Path, version: int, checksum: str) -> None:
         try:
-            loaded = await self._engine.load_weights(str(self._received), version)
+            await self._engine.pause()
+            loaded = await self._engine.load_weights(str(received), version)
+            if loaded != checksum:
+                raise WeightsError(f"replica {self._rank} loaded {loaded}, but version {version} is {checksum}")
+            await self._engine.resume()
         except BaseException as error:
             self._failure = error
             raise
         finally:
             self._discard()
-        if loaded != checksum:
-            self._failure = WeightsError(f"replica {self._rank} loaded {loaded}, but version {version} is {checksum}")
-            raise self._failure
-        await self._engine.resume()
-        return self.state_now()
 
     async def state(self) -> ReplicaState:
         """Which weights this replica serves."""

@@ -75,6 +75,8 @@ class Trainer:
             "sync/broadcast_s": published.broadcast_s,
             "sync/apply_s": published.apply_s,
             "sync/gib_per_s": published.nbytes / 2**30 / published.broadcast_s,
+            "sync/turns_restarted": published.turns_restarted,
+            "sync/turns_late": published.turns_late,
         }
         self._checksum = published.checksum
 

@@ -225,6 +225,8 @@ class _RecordingClient:
             completion = output.outputs[0]
             if completion.index == 0 and (completion.token_ids or completion.finish_reason):
                 note(_generation(completion, self._engine.weight_version))
+                if completion.weight_versions:
+                    call.set_versions(_versions(completion.weight_versions))
             yield output
 
 
@@ -324,8 +326,17 @@ def _generation(output: Any, current_version: int) -> Generation:
         if entry[token].logprob > NO_LOGPROB:
             logprobs[index] = entry[token].logprob
     versions = np.full(len(token_ids), current_version, np.int32)
-    for span in output.weight_versions or ():
-        versions[span.start : span.end] = int(span.version)
+    if output.weight_versions:
+        # The spans are of the whole answer, of which a streamed output is the end.
+        all_versions = _versions(output.weight_versions)
+        versions = all_versions[len(all_versions) - len(token_ids) :]
     return Generation(
         token_ids, logprobs, versions, _FINISH_REASONS.get(output.finish_reason, str(output.finish_reason))
+    )
+
+
+def _versions(spans: Sequence[Any]) -> Int32Array:
+    """vLLM's spans of weight versions, token by token."""
+    return np.repeat(
+        np.asarray([int(span.version) for span in spans], np.int32), [span.end - span.start for span in spans]
     )

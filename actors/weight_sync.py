@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ray.serve.handle import DeploymentHandle
 
 from raygym.actors.learner_group import LearnerGroup
-from raygym.actors.policy_server import ReplicaState
+from raygym.actors.policy_server import Applied, ReplicaState
 from raygym.actors.serving import broadcast
 from raygym.config import SyncConfig
 from raygym.weights import Manifest, WeightsError, compare_checksums, model_checksum
@@ -26,6 +26,10 @@ class Published:
     """Bytes of one version, as sent to each replica."""
     broadcast_s: float
     apply_s: float
+    """Waiting for turns included."""
+    turns_restarted: int = 0
+    turns_late: int = 0
+    """Over all replicas, as in `Applied`."""
 
 
 class WeightSync:
@@ -78,10 +82,17 @@ class WeightSync:
             compare_checksums(sent, checksums, f"a replica ({index + 1} of {self._replicas})")
         broadcasted = time.monotonic()
         checksum = model_checksum(sent)
-        states = broadcast(self._engines, "apply", (version, checksum), self._replicas, timeout_s)
-        self._check(states, version, checksum)
+        arguments = (version, checksum, self._config.on_update, self._config.finish_timeout_s)
+        applied: list[Applied] = broadcast(self._engines, "apply", arguments, self._replicas, timeout_s)
+        self._check([each.state for each in applied], version, checksum)
         return Published(
-            version, checksum, self._manifest.nbytes, broadcasted - started, time.monotonic() - broadcasted
+            version,
+            checksum,
+            self._manifest.nbytes,
+            broadcasted - started,
+            time.monotonic() - broadcasted,
+            turns_restarted=sum(each.turns_restarted for each in applied),
+            turns_late=sum(each.turns_late for each in applied),
         )
 
     def _check(self, states: list[ReplicaState], version: int, checksum: str) -> None:

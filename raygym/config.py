@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from raygym.in_flight import OnUpdate
 from raygym.nemo_gym.config import ENV_ID as NEMO_GYM
 from raygym.nemo_gym.config import NemoGymConfig
 from raygym.types import FailureKind
@@ -234,6 +235,20 @@ class SyncConfig(Section):
 
     timeout_s: PositiveFloat = 60
     bucket_mib: PositiveInt = 128
+    on_update: OnUpdate = "keep"
+    """Turns that run when new weights come: `keep`, they go on with the new ones; `finish_turn`, they are waited for;
+    `restart_turn`, they begin again with the new ones."""
+    finish_timeout_s: PositiveFloat = 30
+    """With `finish_turn`, how long a turn is waited for; what then still runs is kept. A part of `timeout_s`."""
+
+    @model_validator(mode="after")
+    def _finishes_in_time(self) -> SyncConfig:
+        if self.on_update == "finish_turn" and self.finish_timeout_s >= self.timeout_s:
+            raise ValueError(
+                f"finish_timeout_s: {self.finish_timeout_s:g} s leave no time for the weights themselves; expected "
+                f"less than sync.timeout_s ({self.timeout_s:g})"
+            )
+        return self
 
 
 class ValidationConfig(Section):
@@ -300,6 +315,11 @@ class RunConfig(Section):
             )
         if rollout.over_sampling and rollout.order == "task":
             raise ValueError("rollout.over_sampling: needs rollout.order: completion, since it drops the slowest tasks")
+        if self.sync.on_update == "finish_turn" and self.sync.finish_timeout_s >= rollout.turn_timeout_s:
+            raise ValueError(
+                f"sync.finish_timeout_s: turns that wait so long ({self.sync.finish_timeout_s:g} s) miss their own "
+                f"deadline; expected less than rollout.turn_timeout_s ({rollout.turn_timeout_s:g})"
+            )
         if unknown := sorted(set(rollout.retries) - set(FailureKind)):
             raise ValueError(
                 f"rollout.retries: {unknown[0]!r} is no kind of failure; expected {', '.join(FailureKind)}"

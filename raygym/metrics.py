@@ -27,6 +27,7 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         "tokens/drift_rate": fmean(t.drifted for t in multi_turn) if multi_turn else 0.0,
         "policy/version": version,
         "policy/staleness_max": version - min(versions, default=version),
+        "policy/turns_of_several_versions": sum(_several_versions(t) for t in trajectories),
     }
     metrics |= dict(zip(("manager/loop_lag_ms_p50", "manager/loop_lag_ms_p99"), collected.loop_lag_ms, strict=True))
     metrics["manager/restarts"] = collected.manager_restarts
@@ -45,6 +46,13 @@ def validation_metrics(collected: Collected) -> dict[str, float]:
             "val/turns_mean": fmean(len(t.turns) for t in trajectories),
         }
     return metrics | {f"val/{key}": value for key, value in _per_environment(trajectories).items()}
+
+
+def _several_versions(trajectory: Trajectory) -> int:
+    """Turns during which the weights changed. Within a turn versions only rise."""
+    versions_T = trajectory.weight_versions
+    spans = ((turn.start, turn.end) for turn in trajectory.turns if turn.end > turn.start)
+    return sum(bool(versions_T[start] != versions_T[end - 1]) for start, end in spans)
 
 
 def _per_environment(trajectories: Iterable[Trajectory]) -> dict[str, float]:

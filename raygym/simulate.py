@@ -1,6 +1,6 @@
 """The simulated engine: latency without a model. For tests and for trying a config, never for a result.
 
-Its tokens are a deterministic function of prompt, seed and weight version, so that runs repeat exactly.
+Its tokens are a deterministic function of prompt, seed and weight versions, so that runs repeat exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from raygym.types import Generation, Int32Array, Sampling
+from raygym.engine_clock import EngineClock
+from raygym.types import Float32Array, Generation, Int32Array, Sampling
 from raygym.weights import model_checksum, tensor_checksum
 
 
@@ -58,45 +59,58 @@ class SimulatedEngine:
         self._model_dir = model_dir
         self._model = model
         self._stop_token_id = stop_token_ids[0]
-        self._running = asyncio.Event()
-        self._running.set()
+        self._clock = EngineClock()
         self.weight_version = 0
         self.weights_checksum = ""
 
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
-        """Deterministic tokens after `turn_latency_s`; ends with the stop token half of the time."""
-        await self._running.wait()
+        """Tokens at equal intervals over `turn_latency_s`, in which pauses do not count; half of the time a stop token.
+
+        All of it is a function of prompt, seed and the version that it began with; a token that a later version made
+        is one of that version, too.
+        """
+        await self._clock.wait_running()
+        started, first_version = self._clock.now(), self.weight_version
         rng = generator(prompt_token_ids, sampling.seed, self.weight_version)
         latency_s = draw_latency_s(self._config, rng)
         fails, hangs = rng.random() < self._config.error_rate, rng.random() < self._config.hang_rate
         room = max(1, min(sampling.max_tokens, self._config.max_model_len - len(prompt_token_ids)))
         length = int(rng.integers(1, room + 1))
-        token_ids = rng.integers(0, self._config.max_token_id + 1, length).astype(np.int32)
+        token_ids = self._token_ids(rng, length)
         stopped = length < room or bool(rng.random() < 0.5)
-        if stopped:
-            token_ids[-1] = self._stop_token_id
         if hangs:
             await asyncio.Event().wait()
         if latency_s:
-            await asyncio.sleep(latency_s)
+            await self._clock.sleep(latency_s)
         if fails:
             raise SimulatedFault("simulated engine: injected error (policy.simulated.error_rate)")
-        logprobs = -rng.exponential(1.0, length).astype(np.float32)
-        versions = np.full(length, self.weight_version, np.int32)
+        logprobs = _logprobs(rng, length)
+        versions = self._clock.versions(started, latency_s, length)
+        if versions[-1] != first_version:
+            for version in np.unique(versions[versions != first_version]):
+                made, rng = versions == version, generator(prompt_token_ids, sampling.seed, int(version))
+                token_ids[made] = self._token_ids(rng, length)[made]
+                logprobs[made] = _logprobs(rng, length)[made]
+        if stopped:
+            token_ids[-1] = self._stop_token_id
         return Generation(token_ids, logprobs, versions, "stop" if stopped else "length")
 
+    def _token_ids(self, rng: np.random.Generator, length: int) -> Int32Array:
+        return rng.integers(0, self._config.max_token_id + 1, length).astype(np.int32)
+
     async def pause(self) -> None:
-        """New generations wait until `resume`."""
-        self._running.clear()
+        """Time stands still for what runs, and new generations wait, until `resume`."""
+        self._clock.pause()
 
     async def resume(self) -> None:
-        """Let waiting generations go on."""
-        self._running.set()
+        """Time goes on."""
+        self._clock.resume()
 
     async def load_weights(self, path: str, version: int) -> str:
         """Read the file as an engine would and keep only its checksum."""
         self.weights_checksum = await asyncio.to_thread(_file_checksum, path)
         self.weight_version = version
+        self._clock.changed(version)
         return self.weights_checksum
 
     async def check_health(self) -> None:
@@ -127,6 +141,10 @@ def draw_latency_s(config: SimulatedConfig, rng: np.random.Generator) -> float:
     mean_s, sigma = config.turn_latency_s, config.latency_sigma
     # The mean of a log-normal is exp(mu + sigma^2 / 2).
     return mean_s * float(np.exp(sigma * rng.standard_normal() - sigma**2 / 2)) if sigma else mean_s
+
+
+def _logprobs(rng: np.random.Generator, length: int) -> Float32Array:
+    return -rng.exponential(1.0, length).astype(np.float32)
 
 
 def _file_checksum(path: str) -> str:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from raygym.api.front import ApiFront, FrontOptions
+from raygym.api.gated import Gated
 from raygym.api.sampling import SamplingProfile
 from raygym.api.sessions import SessionStore
 from raygym.api.simulated import SimulatedApi
+from raygym.in_flight import InFlight
 from raygym.types import Generation, Int32Array, Sampling
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent / "templates").glob("*.jinja"))
@@ -52,8 +54,9 @@ class Server:
     def __init__(self, tokenizer: Any, *texts: str, store: SessionStore | None = None, **options: Any) -> None:
         self.script = Script(tokenizer, *(texts or ("twelve", "thirteen")))
         self.store = SessionStore("here") if store is None else store
-        app = SimulatedApi(self.script, tokenizer, "policy", 2048).app()
-        self.front = ApiFront(app, self.store, FrontOptions(**options))
+        self.api = SimulatedApi(self.script, tokenizer, "policy", 2048)
+        self.in_flight = InFlight()
+        self.front = ApiFront(Gated(self.api.app(), self.in_flight), self.store, FrontOptions(**options))
         transport = httpx.ASGITransport(app=self.front, raise_app_exceptions=True)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://policy")
 
@@ -362,3 +365,39 @@ class TestDoor:
             assert answer.status_code in (404, 405)
             assert isinstance(answer.json()["error"]["message"], str)
         assert (await server.post("/v1/chat/nothing", {})).status_code == 404
+
+
+class TestAWeightUpdate:
+    async def test_calls_that_generate_wait_for_the_weights_and_others_do_not(self, server: Server) -> None:
+        async with server.in_flight.updating("restart_turn", 5):
+            waiting = asyncio.ensure_future(server.chat([ASK]))
+            assert (await server.client.get("/health")).status_code == 200
+            assert (await server.post("/tokenize", {"prompt": "abc"})).status_code == 200
+            assert not waiting.done() and server.script.prompts == []
+        assert (await waiting)["choices"][0]["message"]["content"] == "twelve"
+
+    async def test_an_answer_that_has_begun_is_waited_for_and_never_begun_again(self, server: Server) -> None:
+        goes_on = asyncio.Event()
+
+        async def slow(*arguments: Any) -> Generation:
+            await goes_on.wait()
+            return await server.script(*arguments)
+
+        server.api._generate = slow
+        asked = asyncio.ensure_future(server.chat([ASK]))
+        await asyncio.sleep(0.01)
+        async with server.in_flight.updating("restart_turn", 5) as update:
+            assert update.late == update.restarted == 0, "it is left to the engine"
+        async with server.in_flight.updating("finish_turn", 0.01) as update:
+            assert update.late == 1
+        goes_on.set()
+        assert (await asked)["choices"][0]["message"]["content"] == "twelve"
+        assert len(server.script.prompts) == 1
+
+    async def test_after_a_failed_update_calls_are_told_so(self, server: Server) -> None:
+        with pytest.raises(OSError, match="disk"):
+            async with server.in_flight.updating("keep", 5):
+                raise OSError("disk")
+        answer = await server.post("/v1/chat/completions", {"messages": [ASK]})
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_lost" and "disk" in answer.json()["error"]["message"]

@@ -70,6 +70,12 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"learner": {"deepspeed": {"zero_optimization": {"stage": 4}}}}, ["zero_optimization", "0, 1, 2 or 3"]),
         ({"policy": {"model": "tiny", "vllm": {"generation_config": "auto"}}}, ["policy.vllm.generation_config"]),
         ({"policy": {}}, ["policy.model", "missing"]),
+        ({"sync": {"on_update": "wait"}}, ["sync.on_update", "finish_turn", "'wait'"]),
+        ({"sync": {"on_update": "finish_turn", "timeout_s": 20}}, ["sync.finish_timeout_s", "sync.timeout_s (20)"]),
+        (
+            {"sync": {"on_update": "finish_turn"}, "rollout": {"turn_timeout_s": 25}},
+            ["sync.finish_timeout_s", "rollout.turn_timeout_s (25)"],
+        ),
         ({"envs": []}, ["envs", "at least 1"]),
         ({"envs": [{"id": "a"}, {"id": "a"}]}, ["envs", "name"]),
         ({"name": "a/b"}, ["name", "folder"]),

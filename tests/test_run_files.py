@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,16 @@ def test_rollout_metrics() -> None:
     assert metrics["policy/staleness_max"] == 1
     assert metrics["episodes/failed/env_error"] == 4
     assert (metrics["groups/dropped"], metrics["groups/without_spread"]) == (1, 1)
+    assert metrics["policy/turns_of_several_versions"] == 0
+
+
+def test_a_token_of_an_old_version_counts_wherever_in_its_turn_it_is() -> None:
+    versions = np.asarray([-1, -1, 1, 3, -1, -1, 3, 3], np.int32)
+    spanning = replace(trajectory(Task(0, "a", 5), 0, 1.0), weight_versions=versions)
+    group = Group("train-0", spanning.task, (spanning, trajectory(spanning.task, 1, 0.0)))
+    metrics = rollout_metrics(replace(collected(), groups=(group,)), version=4)
+    assert metrics["policy/staleness_max"] == 3
+    assert metrics["policy/turns_of_several_versions"] == 1
 
 
 def test_a_failed_validation_task_is_no_reward_of_zero() -> None:

@@ -1,22 +1,36 @@
-"""Real vLLM engines and real DeepSpeed learners: after every sync both hold the same weights and say the same."""
+"""Real vLLM engines and real DeepSpeed learners: after every sync both hold the same weights and say the same.
+
+What becomes of turns that run meanwhile is also tried on the simulated engine.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from raygym.config import LearnerConfig, PolicyConfig, SyncConfig
+from raygym.in_flight import OnUpdate
 from raygym.models import resolve_policy
 from raygym.types import Generation, Int32Array, Sampling, TrainSequence
+from raygym.weights import Manifest, plan_manifest
+
+if TYPE_CHECKING:
+    from raygym.actors.learner_group import LearnerGroup
+    from raygym.actors.weight_sync import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -42,6 +56,11 @@ class Engines:
 
         return asyncio.run(gather())
 
+    def running(self) -> int:
+        from raygym.actors.serving import broadcast
+
+        return sum(running for *_, running in broadcast(self.handle, "metrics", (), self.config.replicas, 30))
+
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
@@ -54,7 +73,9 @@ class Engines:
         return answer
 
 
-def deployed(model: str, replicas: int, run_name: str, model_dir: str | None = None) -> Iterator[Engines]:
+def deployed(
+    model: str, replicas: int, run_name: str, model_dir: str | None = None, **policy: Any
+) -> Iterator[Engines]:
     from ray import serve
 
     from raygym.actors import serving
@@ -63,7 +84,7 @@ def deployed(model: str, replicas: int, run_name: str, model_dir: str | None = N
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     model_dir = model_dir or str(resolve_policy(model))
-    config = PolicyConfig(model=model, replicas=replicas, vllm={"max_model_len": 512})
+    config = PolicyConfig(model=model, replicas=replicas, vllm={"max_model_len": 512}, **policy)
     config = serving.with_engine_defaults(config, model_dir)
     yield Engines(serving.deploy(run_name, config, model_dir, port), config, model_dir, port)
     serving.undeploy(run_name)
@@ -107,7 +128,85 @@ def sequences(asked: list[Int32Array], answers: list[Generation]) -> list[TrainS
     ]
 
 
-def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int) -> None:
+@contextmanager
+def in_flight(
+    engines: Engines, turns: int, max_tokens: int, body: dict[str, Any]
+) -> Iterator[tuple[list[Any], Future[list[int]]]]:
+    """While it is entered, turns run in the engine and, in a session over HTTP, one chat: its tokens' versions."""
+    session = engines.post("/sessions", {})["id"]
+
+    def chat() -> list[int]:
+        messages = [{"role": "user", "content": "hi"}]
+        data = json.dumps({"messages": messages, "max_tokens": max_tokens, **body}).encode()
+        url = engines.url(f"/sessions/{session}/v1/chat/completions")
+        asked = urllib.request.Request(url, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            answer.read()
+        with urllib.request.urlopen(engines.url(f"/sessions/{session}"), timeout=30) as answer:
+            segment = json.load(answer)["segments"][0]
+        return [v for v, made in zip(segment["weight_versions"], segment["loss_mask"], strict=True) if made]
+
+    asked = [
+        engines.handle.generate.remote(prompt, Sampling(max_tokens=max_tokens, seed=i), f"t{i}")
+        for i, prompt in enumerate(prompts(turns))
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        chatting = pool.submit(chat)
+        deadline = time.monotonic() + 30
+        while engines.running() < turns + 1:
+            assert time.monotonic() < deadline, "the turns did not begin"
+        yield asked, chatting
+
+
+def update_in_flight(engines: Engines, learners: Any) -> None:
+    """With real weights: what each policy makes of the turns of the old version."""
+    from raygym.actors.weight_sync import WeightSync
+
+    def publish(on_update: OnUpdate) -> Published:
+        sync = WeightSync(SyncConfig(bucket_mib=1, on_update=on_update), learners, engines.handle, 1)
+        sync.connect()
+        engines.version += 1
+        return sync.publish(engines.version)
+
+    learners.update(sequences(asked := prompts(8), engines.sample(asked)))
+    streamed = {"stream": True, "ignore_eos": True}
+    with in_flight(engines, 4, 240, streamed) as (turns, chat):
+        publish("keep")
+        answers = [turn.result(timeout_s=60) for turn in turns]
+        versions_in_chat = chat.result()
+    old, new = engines.version - 1, engines.version
+    spanning = [answer for answer in answers if set(answer.weight_versions.tolist()) == {old, new}]
+    assert spanning, "no turn ran while the weights changed"
+    assert all((np.diff(answer.weight_versions) >= 0).all() for answer in answers)
+    assert len(versions_in_chat) == 240 and sorted(versions_in_chat) == versions_in_chat
+    assert set(versions_in_chat) == {old, new}
+    # The learner holds the new weights: they, and the text before, explain every token that is said to be theirs.
+    by_prompt = {id(answer): prompt for answer, prompt in zip(answers, prompts(4), strict=True)}
+    batch = sequences([by_prompt[id(answer)] for answer in spanning], spanning)
+    for answer, sequence, logprobs in zip(spanning, batch, learners.token_logprobs(batch), strict=True):
+        difference = np.abs(logprobs - sequence.logprobs)[sequence.loss_mask]
+        assert difference[answer.weight_versions == new].max() < 1e-3
+        assert difference[answer.weight_versions == old].max() > 1e-3
+
+    for on_update, restarted in (("finish_turn", 0), ("restart_turn", 4)):
+        with in_flight(engines, 4, 120, streamed) as (turns, chat):
+            published = publish(on_update)
+            answers = [turn.result(timeout_s=60) for turn in turns]
+            first, *_, last = chat.result()
+        assert (published.turns_restarted, published.turns_late) == (restarted, 0)
+        expected = engines.version - (on_update == "finish_turn")
+        assert all((answer.weight_versions == expected).all() for answer in answers)
+        assert (first, last) == (engines.version - 1, expected)
+    again = engines.sample(prompts(4), max_tokens=120)
+    first_tokens = [answer.token_ids[:8].tolist() for answer in answers]
+    assert first_tokens == [answer.token_ids[:8].tolist() for answer in again], "a restarted turn keeps its seed"
+    assert engines.running() == 0
+    with urllib.request.urlopen(engines.url("/metrics"), timeout=30) as response:
+        running = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)", response.read().decode(), re.M)
+    assert running and set(running) == {"0.0"}, "the engine still computes turns that were restarted"
+
+
+def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, then: Any = None) -> None:
     """Train on samples, publish, and compare logprobs of fresh samples: `syncs` times."""
     from raygym.actors.learner_group import LearnerGroup
     from raygym.actors.serving import broadcast
@@ -137,15 +236,88 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int) -> 
             for sequence, logprobs in zip(batch, learners.token_logprobs(batch), strict=True):
                 assert np.abs(logprobs - sequence.logprobs)[sequence.loss_mask].max() < 1e-3
         assert len(set(checksums)) == syncs + 1, "an update changed nothing"
+        if then is not None:
+            then(engines, learners)
     finally:
         learners.shutdown()
+
+
+@pytest.fixture(scope="class")
+def one_simulated(ray_cluster: None) -> Iterator[Engines]:
+    yield from deployed("tiny", 1, "one-simulated", engine="simulated", simulated={"turn_latency_s": 2.0})
+
+
+class ModelFiles:
+    """In place of learners: an actor that sends the weights of the policy's files."""
+
+    def __init__(self, model_dir: str) -> None:
+        import ray
+
+        from raygym.actors.collective import join_group
+        from raygym.actors.weight_sender import send_version
+
+        class Sender:  # in here, since workers cannot import this module
+            def __init__(self) -> None:
+                self.weights = load_file(f"{model_dir}/model.safetensors")
+                self.group = ""
+
+            def weight_manifest(self, bucket_bytes: int) -> Manifest:
+                return plan_manifest([(name, w.shape) for name, w in self.weights.items()], "float32", bucket_bytes)
+
+            def join_weight_group(self, group: str, size: int, timeout_s: float) -> None:
+                join_group(group, 0, size, timeout_s)
+                self.group = group
+
+            def publish_weights(self, manifest: Manifest) -> dict[str, int]:
+                return send_version(manifest, lambda names: ((n, self.weights[n]) for n in names), self.group)
+
+        self.actor: Any = ray.remote(Sender).options(num_cpus=0).remote()
+
+    def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        import ray
+
+        return [ray.get(getattr(self.actor, method).remote(*args), timeout=timeout_s)]
+
+
+class TestTurnsInFlight:
+    """The simulated engine: turns of two seconds, so that they run when the weights come."""
+
+    @pytest.mark.parametrize(
+        ("on_update", "versions", "versions_over_http"),
+        [("keep", {0, 1}, {0, 1}), ("finish_turn", {0}, {0}), ("restart_turn", {1}, {0, 1})],
+    )
+    def test_policies(
+        self, one_simulated: Engines, on_update: OnUpdate, versions: set[int], versions_over_http: set[int]
+    ) -> None:
+        import ray
+
+        from raygym.actors.weight_sync import WeightSync
+
+        engines, files = one_simulated, ModelFiles(one_simulated.model_dir)
+        config = SyncConfig(on_update=on_update, timeout_s=30, finish_timeout_s=20)
+        sync = WeightSync(config, cast("LearnerGroup", files), engines.handle, 1)
+        sync.connect()
+        with in_flight(engines, 8, 200, {"seed": 1}) as (turns, chat):
+            published = sync.publish(engines.version + 1)
+            answers = [turn.result(timeout_s=60) for turn in turns]
+            over_http = chat.result()
+        ray.kill(files.actor)
+        assert (published.turns_restarted, published.turns_late) == (8 if on_update == "restart_turn" else 0, 0)
+        made_by = {version - engines.version for answer in answers for version in answer.weight_versions.tolist()}
+        assert made_by == versions
+        assert {version - engines.version for version in over_http} == versions_over_http
+        assert all((np.diff(answer.weight_versions) >= 0).all() for answer in answers)
+        engines.version += 1
+        (fresh,) = engines.sample(prompts(1))
+        assert set(fresh.weight_versions.tolist()) == {engines.version}
+        assert engines.running() == 0
 
 
 class TestOneReplica:
     @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
     def test_learners_and_engine_agree_after_every_sync(self, one_tiny: Engines, ranks: int, stage: int) -> None:
         config = LearnerConfig(num_learners=ranks, lr=1e-2, deepspeed={"zero_optimization": {"stage": stage}})
-        update_and_compare(one_tiny, config, syncs=2)
+        update_and_compare(one_tiny, config, syncs=2, then=update_in_flight if ranks == 1 else None)
 
     def test_the_models_own_sampling_defaults_do_not_leak_in(self, one_tiny: Engines) -> None:
         body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 12, "return_token_ids": True}

@@ -121,6 +121,15 @@ class Call:
         """The whole answer so far."""
         self._chunks = [generation]
 
+    def set_versions(self, weight_versions: Int32Array) -> None:
+        """The weight version of each of the N tokens so far, where the engine told it only at the end."""
+        start = 0
+        for index, chunk in enumerate(self._chunks):
+            end = start + len(chunk.token_ids)
+            versions = weight_versions[start:end]
+            self._chunks[index] = Generation(chunk.token_ids, chunk.logprobs, versions, chunk.finish_reason)
+            start = end
+
     def finish(self, message: dict[str, Any]) -> Generation | None:
         """The answer is complete and this is what the client gets: remember it. None when no tokens are known."""
         if self.prompt is None or not self._chunks:
