@@ -110,6 +110,8 @@ class Scheduler:
         # In the order of their start.
         self._running: dict[Assignment, None] = {}
         self._running_validation = 0
+        self._validation_began_last = False
+        self._validation_ends_s = math.inf
         # In order, each once.
         self._obsolete: dict[Assignment, None] = {}
         self._events = {"train": Events(), "validation": Events()}
@@ -131,10 +133,13 @@ class Scheduler:
     def describe(self) -> str:
         """What is going on, in one line for a person."""
         running = min(self.running, self.max_concurrent)
+        parts = [f"{running} episodes running"]
         if self._validation:
             done = sum(group.whole() for group in self._validation.values())
-            return f"{done} of {len(self._validation)} validation tasks done, {running} episodes running"
-        return f"{len(self._whole)} of {len(self._train)} groups whole, {running} episodes running"
+            parts.insert(0, f"{done} of {len(self._validation)} validation tasks done")
+        if self._train:
+            parts.insert(0, f"{len(self._whole)} of {len(self._train)} groups whole")
+        return ", ".join(parts)
 
     def state(self) -> SchedulerState:
         """What a scheduler that follows this one must know; small, at any moment."""
@@ -157,9 +162,13 @@ class Scheduler:
         assert version >= self._version, (version, self._version)
         self._version = version
 
-    def add_validation(self, tasks: Iterable[Task]) -> None:
-        """Queue each task once. While training waits as well, validation has half of the places."""
+    def add_validation(self, tasks: Iterable[Task], deadline_s: float = math.inf) -> None:
+        """Queue each task once; they are played beside the training. What is not done after `deadline_s` is dropped.
+
+        While training waits as well, validation is given at most half of the places.
+        """
         assert not self._validation, "the previous validation was not collected"
+        self._validation_ends_s = self._clock() + deadline_s
         for task in tasks:
             group = OpenGroup(f"validation-{self._version}-{task.index}", task, 1, self._version)
             self._validation[group.group_id] = group
@@ -210,7 +219,7 @@ class Scheduler:
             self._give_up(group, f"{kind}: {detail}")
 
     def expire(self) -> None:
-        """Replace groups that are older than `group_deadline_s`.
+        """Replace groups that are older than `group_deadline_s`, and end a validation that is past its deadline.
 
         Raises:
             RolloutStopped: this was one replaced group too many.
@@ -219,10 +228,16 @@ class Scheduler:
             if self._clock() >= expires_s:
                 done = f"{len(group.finished)} of {group.size} episodes were done"
                 self._give_up(group, f"group_deadline: not whole after {self._options.group_deadline_s:g} s; {done}")
+        if self._clock() >= self._validation_ends_s:
+            self._validation_ends_s = math.inf
+            for group in [group for group in self._validation.values() if not group.whole()]:
+                # Not counted against the run's patience: late is not hopeless.
+                self._drop(group, "validation_deadline: not done in time (validation.deadline_s)")
 
     def next_expiry(self) -> float | None:
         """When `expire` has something to do next, on the clock; None when nothing can expire."""
-        return min((expires_s for _, expires_s in self._expiries()), default=None)
+        expires_s = min((expires_s for _, expires_s in self._expiries()), default=math.inf)
+        return None if (first_s := min(expires_s, self._validation_ends_s)) == math.inf else first_s
 
     def obsolete(self) -> list[Assignment]:
         """Running attempts whose outcome no longer matters, each told once: cancel them."""
@@ -251,7 +266,7 @@ class Scheduler:
         groups = list(self._validation.values())
         if not all(group.whole() for group in groups):
             return None
-        self._validation = {}
+        self._validation, self._validation_ends_s = {}, math.inf
         return self._collected(groups, "validation")
 
     def _expiries(self) -> list[tuple[OpenGroup, float]]:
@@ -262,10 +277,14 @@ class Scheduler:
         return [(group, group.started_s + limit) for group in open_groups if group.started_s is not None]
 
     def _next(self) -> Assignment | None:
-        half = max(1, self.max_concurrent // 2)
-        if self._waiting_validation and (not self._waiting or self._running_validation < half):
+        half = self.max_concurrent // 2
+        # With one place they take turns.
+        allowed = self._running_validation < half if half else not self._validation_began_last
+        if self._waiting_validation and (allowed or not self._waiting):
             self._running_validation += 1
+            self._validation_began_last = True
             return self._waiting_validation.popleft()
+        self._validation_began_last = False
         return self._waiting.popleft() if self._waiting else None
 
     def _admit(self) -> None:
