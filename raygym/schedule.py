@@ -115,7 +115,8 @@ class Scheduler:
         # In order, each once.
         self._obsolete: dict[Assignment, None] = {}
         self._events = {"train": Events(), "validation": Events()}
-        self._replaced_in_a_row = state.replaced_in_a_row
+        # By split: what one of them completes says nothing of the other.
+        self._replaced_in_a_row = {"train": state.replaced_in_a_row, "validation": 0}
         self._uniform_in_a_row = state.uniform_in_a_row
         self.max_concurrent = options.max_concurrent
         """Episodes at once; may be changed at any time."""
@@ -152,7 +153,7 @@ class Scheduler:
             groups=tuple(GroupState(g.task.index, g.slot, g.admitted_at) for g in self._train.values()),
             dropped=tuple((drop.task.index, drop.cause) for drop in events.dropped),
             failures=tuple((env, kind, count) for (env, kind), count in events.failures.items()),
-            replaced_in_a_row=self._replaced_in_a_row,
+            replaced_in_a_row=self._replaced_in_a_row["train"],
             uniform_in_a_row=self._uniform_in_a_row,
             restarts=self._restarts,
         )
@@ -324,7 +325,7 @@ class Scheduler:
         return Assignment(group.group_id, group.task, episode, self.first_attempt)
 
     def _complete(self, group: OpenGroup) -> None:
-        self._replaced_in_a_row = 0
+        self._replaced_in_a_row[group.task.split] = 0
         self._forget(group)
         if group.group_id in self._validation:
             return
@@ -343,10 +344,11 @@ class Scheduler:
         self._replace(group, f"no_spread: all {self._options.group_size} rewards were {rewards.pop():g}")
 
     def _give_up(self, group: OpenGroup, cause: str) -> None:
-        self._replaced_in_a_row += 1
-        if self._replaced_in_a_row > self._options.max_replaced_groups:
+        self._replaced_in_a_row[group.task.split] += 1
+        in_a_row = self._replaced_in_a_row[group.task.split]
+        if in_a_row > self._options.max_replaced_groups:
             raise RolloutStopped(
-                f"{self._replaced_in_a_row} groups in a row could not be completed; the last was of environment "
+                f"{in_a_row} groups in a row could not be completed; the last was of environment "
                 f"{group.task.env!r} (task seed {group.task.seed}): {cause}"
             )
         self._replace(group, cause)

@@ -356,6 +356,18 @@ def test_a_validation_that_is_late_is_ended_and_stops_nothing() -> None:
     assert step is not None and not step.dropped
 
 
+@pytest.mark.parametrize("failing", ["train", "validation"])
+def test_neither_stream_hides_that_the_other_always_fails(failing: str) -> None:
+    schedule = scheduler(max_retries=0, max_replaced_groups=3, max_concurrent=2, groups_per_step=100)
+    schedule.add_validation(validation_tasks(ENVS, 100))
+    running = schedule.start()
+    with pytest.raises(RolloutStopped, match="4 groups in a row could not be completed"):
+        for _ in range(40):
+            assignment = running.pop(0)
+            schedule.finish(assignment, LOST if assignment.task.split == failing else played(assignment))
+            running += schedule.start()
+
+
 def test_a_scheduler_that_was_lost_owes_what_was_not_told() -> None:
     """Groups in flight, groups that were whole, and what was dropped for good meanwhile."""
     schedule = scheduler(max_retries=0, max_staleness=1, max_concurrent=100)
