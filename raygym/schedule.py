@@ -230,15 +230,13 @@ class Scheduler:
                 done = f"{len(group.finished)} of {group.size} episodes were done"
                 self._give_up(group, f"group_deadline: not whole after {self._options.group_deadline_s:g} s; {done}")
         if self._clock() >= self._validation_ends_s:
-            self._validation_ends_s = math.inf
-            for group in [group for group in self._validation.values() if not group.whole()]:
-                # Not counted against the run's patience: late is not hopeless.
-                self._drop(group, "validation_deadline: not done in time (validation.deadline_s)")
+            self._end_validation()
 
     def next_expiry(self) -> float | None:
         """When `expire` has something to do next, on the clock; None when nothing can expire."""
-        expires_s = min((expires_s for _, expires_s in self._expiries()), default=math.inf)
-        return None if (first_s := min(expires_s, self._validation_ends_s)) == math.inf else first_s
+        group_s = self._next_group_expiry()
+        first_s = self._validation_ends_s if group_s is None else min(group_s, self._validation_ends_s)
+        return None if first_s == math.inf else first_s
 
     def obsolete(self) -> list[Assignment]:
         """Running attempts whose outcome no longer matters, each told once: cancel them."""
@@ -269,6 +267,15 @@ class Scheduler:
             return None
         self._validation, self._validation_ends_s = {}, math.inf
         return self._collected(groups, "validation")
+
+    def _end_validation(self) -> None:
+        self._validation_ends_s = math.inf
+        for group in [group for group in self._validation.values() if not group.whole()]:
+            # Not counted against the run's patience: late is not hopeless.
+            self._drop(group, "validation_deadline: not done in time (validation.deadline_s)")
+
+    def _next_group_expiry(self) -> float | None:
+        return min((expires_s for _, expires_s in self._expiries()), default=None)
 
     def _expiries(self) -> list[tuple[OpenGroup, float]]:
         limit = self._options.group_deadline_s
