@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +27,9 @@ _LOST = (RayActorError, ObjectLostError, GetTimeoutError)
 class KeptManager:
     """One RolloutManager after the other, each with what its predecessor's last collection left to do.
 
-    Only what was collected is known of a manager that died: everything else is played again. So nothing that the run
-    has seen comes twice, and nothing is skipped. One collection or validation at a time.
+    Only the steps that were collected are known of a manager that died: everything else is played again. So nothing
+    that the run has seen comes twice, and nothing is skipped. A collection and a validation may wait at the same time,
+    each in a thread of its own; both are asked for again.
     """
 
     def __init__(self, start: Callable[[SchedulerState], Any], answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
@@ -40,6 +44,11 @@ class KeptManager:
         self._state = SchedulerState()
         self._version = 0
         self._restarts = self._in_a_row = 0
+        # Guards all of the above, and which manager is in charge.
+        self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)
+        self._calls = 0
+        self._closed = False
         self._manager = start(self._state)
 
     @property
@@ -53,53 +62,106 @@ class KeptManager:
         Raises:
             RolloutStopped: they cannot be had, or too many managers in a row were lost.
         """
-        return self._collected("collect", step, progress=progress)
+        while True:
+            manager, collected = self._answered("collect", lambda: (step,), progress)
+            with self._lock:
+                # One that was found lost meanwhile has a successor, which plays this step again.
+                if manager is self._manager:
+                    self._state, self._in_a_row = collected.state, 0
+                    restarts, self._restarts = self._restarts, 0
+                    return replace(collected, manager_restarts=restarts)
 
-    def validate(self, tasks: list[Any], progress: Callable[[str], None]) -> Collected:
-        """One episode of each task; raises as `collect` does."""
-        return self._collected("validate", tasks, progress=progress)
+    def validate(
+        self, tasks: list[Any], progress: Callable[[str], None], deadline_s: float = math.inf
+    ) -> tuple[Collected, float]:
+        """One episode of each task that can be played in time, and how long that took in seconds.
+
+        Raises as `collect` does. What a validation says of the training is not the newest, and not kept.
+        """
+        began = time.monotonic()
+
+        def arguments() -> tuple[Any, ...]:
+            return tasks, max(0.0, began + deadline_s - time.monotonic())
+
+        _, collected = self._answered("validate", arguments, progress)
+        with self._lock:
+            self._in_a_row = 0
+        return collected, time.monotonic() - began
 
     def set_version(self, version: int) -> None:
         """Tell the manager, and those after it, which version the engines serve."""
-        self._version = version
+        with self._lock:
+            self._version, manager = version, self._manager
         try:
-            ray.get(self._manager.set_version.remote(version), timeout=self._answer_timeout_s)
+            ray.get(manager.set_version.remote(version), timeout=self._answer_timeout_s)
         except _LOST as error:
-            self._replace(error)
+            self._replace(manager, error)
 
-    def _collected(self, method: str, *args: Any, progress: Callable[[str], None]) -> Collected:
-        while True:
-            try:
-                collected = self._watch(getattr(self._manager, method).remote(*args), progress)
-            except _LOST as error:
-                self._replace(error)
-                continue
-            self._state, self._in_a_row = collected.state, 0
-            restarts, self._restarts = self._restarts, 0
-            return replace(collected, manager_restarts=restarts)
+    def close(self) -> None:
+        """End the manager. Whoever still waits for it gets a RolloutStopped, and has left when this returns."""
+        with self._lock:
+            self._closed = True
+            with suppress(RayActorError):  # it is already dead, which is what is wanted
+                ray.kill(self._manager)
+            if not self._left.wait_for(lambda: self._calls == 0, self._answer_timeout_s):
+                logger.warning("%d calls to the RolloutManager have not ended", self._calls)
 
-    def _watch(self, reference: Any, progress: Callable[[str], None]) -> Collected:
+    def _answered(
+        self, method: str, arguments: Callable[[], tuple[Any, ...]], progress: Callable[[str], None]
+    ) -> tuple[Any, Collected]:
+        """The manager that answered, and its answer."""
+        with self._counted():
+            while True:
+                with self._lock:
+                    self._check_open()
+                    manager = self._manager
+                    reference = getattr(manager, method).remote(*arguments())
+                try:
+                    return manager, self._watch(manager, reference, progress)
+                except _LOST as error:
+                    self._replace(manager, error)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._left.notify_all()
+
+    def _watch(self, manager: Any, reference: Any, progress: Callable[[str], None]) -> Collected:
         # Episodes keep their own deadlines, so the wait itself needs none; that the manager answers is checked instead.
         started = time.monotonic()
         while not ray.wait([reference], timeout=_HEARTBEAT_S)[0]:
-            text = ray.get(self._manager.progress.remote(), timeout=self._answer_timeout_s)
+            text = ray.get(manager.progress.remote(), timeout=self._answer_timeout_s)
             progress(f"{text}, {time.monotonic() - started:.0f} s")
         collected: Collected = answer(reference, self._answer_timeout_s)
         return collected
 
-    def _replace(self, error: RayError) -> None:
+    def _replace(self, lost: Any, error: RayError) -> None:
         cause = _cause(error, self._answer_timeout_s)
-        if self._in_a_row == _RESTARTS_IN_A_ROW:
-            raise RolloutStopped(
-                f"the RolloutManager was lost {self._in_a_row + 1} times without a step or validation collected in "
-                f"between; the last time: {cause}. Its log is in Ray's session directory"
-            ) from error
-        self._in_a_row += 1
-        self._restarts += 1
-        logger.warning("The RolloutManager is replaced (%d in a row): %s", self._in_a_row, cause)
-        ray.kill(self._manager)  # one that hangs must not go on beside its successor
-        self._state = self._state.successor(self._version)
-        self._manager = self._start(self._state)
+        with self._lock:
+            self._check_open()
+            if lost is not self._manager:
+                return  # the other call has noticed as well, and was first
+            if self._in_a_row == _RESTARTS_IN_A_ROW:
+                raise RolloutStopped(
+                    f"the RolloutManager was lost {self._in_a_row + 1} times without a step or validation collected "
+                    f"in between; the last time: {cause}. Its log is in Ray's session directory"
+                ) from error
+            self._in_a_row += 1
+            self._restarts += 1
+            logger.warning("The RolloutManager is replaced (%d in a row): %s", self._in_a_row, cause)
+            ray.kill(lost)  # one that hangs must not go on beside its successor
+            self._state = self._state.successor(self._version)
+            self._manager = self._start(self._state)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RolloutStopped("the run is being ended")
 
 
 def answer(reference: Any, timeout_s: float) -> Any:

@@ -86,9 +86,13 @@ class RolloutManager:
         collected = await self._wait(lambda: self._scheduler.collect_step(step))
         return replace(collected, loop_lag_ms=self._lag.take())
 
-    async def validate(self, tasks: Sequence[Task]) -> Collected:
-        """One episode of each task, with validation's sampling."""
-        self._scheduler.add_validation(tasks)
+    async def validate(self, tasks: Sequence[Task], deadline_s: float = math.inf) -> Collected:
+        """One episode of each task, with validation's sampling, beside the training.
+
+        Tasks that are not done after `deadline_s` are dropped. Raises RolloutStopped as `collect` does.
+        """
+        self._fill()  # training goes first, or it would find all places taken
+        self._scheduler.add_validation(tasks, deadline_s)
         return await self._wait(self._scheduler.collect_validation)
 
     async def play(self, tasks: Sequence[Task], samples: int, most_waiting: int) -> None:
@@ -169,7 +173,11 @@ class RolloutManager:
             self._calls[assignment] = asyncio.create_task(self._run(assignment))
         if (expires_s := self._scheduler.next_expiry()) is not None:
             wait_s = max(0.0, expires_s - time.monotonic())
-            self._alarm = asyncio.get_running_loop().call_later(wait_s, self._fill)
+            self._alarm = asyncio.get_running_loop().call_later(wait_s, self._expired)
+
+    def _expired(self) -> None:
+        self._fill()
+        self._changed.set()  # a validation may be over
 
     def _stop(self, stop: RolloutStopped) -> None:
         self._stopped = stop

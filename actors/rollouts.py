@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,9 +84,14 @@ class Rollouts:
         """The whole groups of `step`. Raises RolloutStopped when they cannot be had."""
         return self._manager.collect(step, progress)
 
-    def validate(self, tasks: Sequence[Task], progress: Callable[[str], None]) -> Collected:
-        """One episode of each validation task."""
-        return self._manager.validate(list(tasks), progress)
+    def validate(
+        self, tasks: Sequence[Task], progress: Callable[[str], None], deadline_s: float = math.inf
+    ) -> tuple[Collected, float]:
+        """One episode of each validation task, and the seconds that took; may run in a thread beside `collect`.
+
+        Tasks that are not done after `deadline_s` are dropped. Raises RolloutStopped when it cannot go on.
+        """
+        return self._manager.validate(list(tasks), progress, deadline_s)
 
     def play(self, tasks: Sequence[Task], samples: int, most_waiting: int) -> None:
         """Begin to play each task `samples` times, with a pause while `most_waiting` whole groups wait for `take`."""
@@ -110,8 +116,9 @@ class Rollouts:
 
     def shutdown(self) -> None:
         """End the manager and all runners."""
-        for actor in (self._manager.manager, *self._runners):
+        self._manager.close()
+        for runner in self._runners:
             try:
-                ray.kill(actor)
+                ray.kill(runner)
             except RayActorError:
                 continue  # it is already dead, which is what was wanted

@@ -36,9 +36,11 @@ def train(config: RunConfig, model_dir: str) -> None:
         console.line(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
         summary = Trainer(config, session, files, console).run()
     finally:
-        with console.phase("stopping"):
-            session.__exit__()
-        files.close()
+        try:
+            with console.phase("stopping"):
+                session.__exit__()
+        finally:
+            files.close()
     summary["ready_s"] = round(ready_s, 1)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.summary(summary)
@@ -53,7 +55,7 @@ def evaluate(config: RunConfig, model_dir: str) -> None:
     config, port = prepared(config, model_dir)
     tasks = validation_tasks([(env.label, env.weight) for env in config.envs], config.validation.tasks or 64)
     with Session(config, model_dir, port, learning=False) as session:
-        collected = session.rollouts.validate(tasks, lambda _: None)
+        collected, _ = session.rollouts.validate(tasks, lambda _: None)
     print(json.dumps({"policy": config.policy.model, "tasks": len(tasks), **validation_metrics(collected)}))
 
 

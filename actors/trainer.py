@@ -1,4 +1,4 @@
-"""The training loop: collect, advantage, learn, sync, log."""
+"""The training loop: collect, advantage, learn, sync, log. Beside it, validations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from raygym.algorithms.advantages import group_normalized
 from raygym.batch import train_sequences
 from raygym.config import RunConfig
 from raygym.console import RunConsole
-from raygym.metrics import rollout_metrics, validation_metrics
+from raygym.metrics import rollout_metrics
 from raygym.run_files import RunFiles
-from raygym.tasks import validation_tasks
+from raygym.validation import ValidationStream
+
+# What the live line says of the parts of a step.
+_DOING = {
+    "generate": "collecting",
+    "learn": "learning",
+    "validate_wait": "waiting for the validation",
+    "sync": "sending the weights",
+}
 
 
 class Trainer:
@@ -26,20 +34,24 @@ class Trainer:
         self._files = files
         self._console = console
         self._metrics: dict[str, float] = {}
-        self._validation_rewards: dict[int, float] = {}
+        self._doing = ""
+        self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
 
     def run(self) -> dict[str, Any]:
         """Train for `steps` steps. Returns what summary.json holds."""
         session, version = self._session, 0
-        self._validate(0)
         self._console.start_clock()
+        if self._validation.due(0):
+            self._validation.start(0, self._files.hold(0, {}))
         for step in range(self._config.steps):
-            with self._timed("step"):
+            with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
                 sequences = train_sequences(collected.groups, group_normalized)
                 with self._timed("learn"):
                     learned = session.learners.update(sequences)
+                with self._timed("validate_wait"):  # it is played by the weights that go now
+                    self._validation.wait()
                 with self._timed("sync"):
                     published = session.weights.publish(version + 1)
                 self._record(collected, version, learned, published)
@@ -47,13 +59,7 @@ class Trainer:
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
-            metrics, due = self._metrics, self._validation_due(step + 1)
-            if due:
-                self._console.step(step + 1, metrics)
-                self._validate(step + 1)
             self._log(step + 1)
-            if not due:  # what is shown is on disk
-                self._console.step(step + 1, metrics)
         return self._finish(version)
 
     def _record(self, collected: Any, version: int, learned: Any, published: Any) -> None:
@@ -80,50 +86,50 @@ class Trainer:
         }
         self._checksum = published.checksum
 
-    def _validation_due(self, step: int) -> bool:
-        every = self._config.validation.every
-        return step == self._config.steps or (every > 0 and step % every == 0)
-
-    def _validate(self, step: int) -> None:
-        count = self._config.validation.tasks
-        if not count:
-            return
-        tasks = validation_tasks([(env.label, env.weight) for env in self._config.envs], count)
-        with self._timed("validate"), self._console.phase(f"validating on {count} held-out tasks"):
-            collected = self._session.rollouts.validate(tasks, self._console.progress)
-        metrics = validation_metrics(collected)
-        self._metrics |= metrics
-        if "val/reward" in metrics:
-            self._validation_rewards[step] = metrics["val/reward"]
-        self._files.rollouts(step, collected, kind="validation")
-        self._console.validation(step, self._metrics)
-        if step == 0:
-            self._files.metrics(0, self._metrics)
-            self._metrics = {}
-
     def _log(self, step: int) -> None:
-        self._files.metrics(step, {**self._metrics, "sync/checksum": self._checksum})
-        self._metrics = {}
+        metrics, self._metrics = self._metrics, {}
+        row = {**metrics, "sync/checksum": self._checksum}
+        if self._validation.due(step):
+            held = self._files.hold(step, row)
+            self._console.step(step, metrics)
+            self._validation.start(step, held)
+        else:  # what is shown is on disk
+            self._files.metrics(step, row)
+            self._console.step(step, metrics)
 
     def _finish(self, version: int) -> dict[str, Any]:
+        self._doing = "finishing"
+        saved = self._save(version)
+        with self._console.live("waiting for the last validation"):
+            self._validation.wait()
         summary: dict[str, Any] = {
             "name": self._config.name,
             "steps": self._config.steps,
             "policy_version": version,
-            "validation_reward": {str(step): reward for step, reward in self._validation_rewards.items()},
+            "validation_reward": {str(step): reward for step, reward in self._validation.rewards.items()},
         }
         if version:
             summary["weights_checksum"] = self._checksum
-            if self._config.checkpoint.save_final:
-                path = self._files.path / "checkpoints" / f"step_{version:06d}"
-                with self._console.phase(f"saving the policy to {path}"):
-                    self._session.learners.save_hf(str(path.resolve()))
-                (path.parent / "latest").write_text(path.name + "\n", encoding="utf-8")
-                summary["checkpoint"] = str(path)
-        return summary
+        return summary | saved
+
+    def _save(self, version: int) -> dict[str, Any]:
+        """The final policy, which the last validation is playing meanwhile."""
+        if not version or not self._config.checkpoint.save_final:
+            return {}
+        path = self._files.path / "checkpoints" / f"step_{version:06d}"
+        with self._console.phase(f"saving the policy to {path}"):
+            self._session.learners.save_hf(str(path.resolve()))
+        (path.parent / "latest").write_text(path.name + "\n", encoding="utf-8")
+        return {"checkpoint": str(path)}
+
+    def _validating(self, progress: str) -> None:
+        if self._doing != _DOING["generate"]:  # what is told of collecting covers the validation
+            self._console.progress(f"{self._doing}; {progress}")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
+        self._doing = _DOING.get(name, "")
+        self._console.progress(self._doing)
         started = time.monotonic()
         yield
         self._metrics[f"time/{name}_s"] = time.monotonic() - started

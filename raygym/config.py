@@ -259,6 +259,8 @@ class ValidationConfig(Section):
     every: NonNegativeInt = 0
     """Steps between validations; the start and the end are always validated. 0: only those two."""
     temperature: NonNegativeFloat = 0.0
+    deadline_s: PositiveFloat = 3600
+    """It is played beside the next step, whose weights are published after it; what is late then counts as failed."""
 
 
 class CheckpointConfig(Section):

@@ -31,9 +31,10 @@ class RunConsole(LiveConsole):
         self._columns = [("step", max(5, 2 * len(str(steps)) + 1)), *_COLUMNS]
 
     def progress(self, text: str) -> None:
-        """Update the phase's text, in a terminal only."""
-        if self._status is not None:
-            self._status.update(self._live(text))
+        """Update the live line, in a terminal only; from any thread."""
+        status = self._status
+        if status is not None:
+            status.update(self._live(text))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row for a finished step, `step` counted from 1; column titles before the first and now and then again."""
@@ -63,7 +64,7 @@ class RunConsole(LiveConsole):
         self._console.print(row)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for a validation after `step` steps."""
+        """One line for a validation after `step` steps; from any thread."""
         reward = f"{metrics['val/reward']:.3f}" if "val/reward" in metrics else "none"
         failed = f"  failed {metrics['val/failed']:.0f}" if metrics["val/failed"] else ""
         self.line(f"validation after step {step}: reward {reward}{failed}  {metrics['time/validate_s']:.1f}s")

@@ -29,6 +29,13 @@ class LiveConsole:
         """Show what is being done or waited for. Where the output is no terminal, it is one line."""
         if not self._console.is_terminal:
             self.line(text)
+        with self.live(text):
+            yield
+
+    @contextmanager
+    def live(self, text: str) -> Iterator[None]:
+        """Show the live line, where the output is a terminal; elsewhere nothing."""
+        if not self._console.is_terminal:
             yield
             return
         with self._console.status(self._live(text)) as status:

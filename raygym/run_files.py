@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,23 @@ from raygym.config import RunConfig, dump_config
 from raygym.schedule import Collected
 from raygym.types import Trajectory
 from raygym.whole_file import write_whole
+
+
+class HeldRow:
+    """A step's row of metrics.jsonl that waits for the rest of it. It is written once, whichever thread is first."""
+
+    def __init__(self, write: Callable[[Mapping[str, float | str]], None], scalars: Mapping[str, float | str]) -> None:
+        self._write = write
+        self._scalars = scalars
+        self._lock = threading.Lock()
+        self._written = False
+
+    def write(self, rest: Mapping[str, float | str] | None = None) -> None:
+        """Write it with the rest; without, as it is, where the rest will not come. Later calls do nothing."""
+        with self._lock:
+            if not self._written:
+                self._written = True
+                self._write({**self._scalars, **(rest or {})})
 
 
 class RunFiles:
@@ -25,6 +43,7 @@ class RunFiles:
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         self._keep_trajectories = config.logging.trajectories
         self._tensorboard = _tensorboard(self.path) if config.logging.tensorboard else None
+        self._held: HeldRow | None = None
 
     def metrics(self, step: int, scalars: Mapping[str, float | str]) -> None:
         """Append one step's scalars to metrics.jsonl and TensorBoard."""
@@ -34,6 +53,12 @@ class RunFiles:
                 if not isinstance(value, str):
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+
+    def hold(self, step: int, scalars: Mapping[str, float | str]) -> HeldRow:
+        """Keep a step's row back until the rest of it is known, or the files are closed. Rows keep their order: the
+        one that was held before must have been written."""
+        self._held = HeldRow(lambda whole: self.metrics(step, whole), scalars)
+        return self._held
 
     def rollouts(self, step: int, collected: Collected, kind: str = "step") -> None:
         """Write the trajectories of one step or validation."""
@@ -72,7 +97,9 @@ class RunFiles:
         (self.path / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        """Flush and close TensorBoard's file."""
+        """Write the row that is still held, as it is; flush and close TensorBoard's file."""
+        if self._held is not None:
+            self._held.write()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

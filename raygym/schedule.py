@@ -120,10 +120,13 @@ class Scheduler:
         # In the order of their start.
         self._running: dict[Assignment, None] = {}
         self._running_validation = 0
+        self._validation_began_last = False
+        self._validation_ends_s = math.inf
         # In order, each once.
         self._obsolete: dict[Assignment, None] = {}
         self._events = {"train": Events(), "validation": Events()}
-        self._replaced_in_a_row = state.replaced_in_a_row
+        # By split: what one of them completes says nothing of the other.
+        self._replaced_in_a_row = {"train": state.replaced_in_a_row, "validation": 0}
         self._uniform_in_a_row = state.uniform_in_a_row
         self.max_concurrent = options.max_concurrent
         """Episodes at once; may be changed at any time."""
@@ -141,10 +144,13 @@ class Scheduler:
     def describe(self) -> str:
         """What is going on, in one line for a person."""
         running = min(self.running, self.max_concurrent)
+        parts = [f"{running} episodes running"]
         if self._validation:
             done = sum(group.whole() for group in self._validation.values())
-            return f"{done} of {len(self._validation)} validation tasks done, {running} episodes running"
-        return f"{len(self._whole)} of {len(self._train)} groups whole, {running} episodes running"
+            parts.insert(0, f"{done} of {len(self._validation)} validation tasks done")
+        if self._train:
+            parts.insert(0, f"{len(self._whole)} of {len(self._train)} groups whole")
+        return ", ".join(parts)
 
     def state(self) -> SchedulerState:
         """What a scheduler that follows this one must know; small, at any moment."""
@@ -157,7 +163,7 @@ class Scheduler:
             groups=tuple(GroupState(g.task.index, g.slot, g.admitted_at) for g in self._train.values()),
             dropped=tuple((drop.task.index, drop.cause) for drop in events.dropped),
             failures=tuple((env, kind, count) for (env, kind), count in events.failures.items()),
-            replaced_in_a_row=self._replaced_in_a_row,
+            replaced_in_a_row=self._replaced_in_a_row["train"],
             uniform_in_a_row=self._uniform_in_a_row,
             restarts=self._restarts,
         )
@@ -167,9 +173,13 @@ class Scheduler:
         assert version >= self._version, (version, self._version)
         self._version = version
 
-    def add_validation(self, tasks: Iterable[Task]) -> None:
-        """Queue each task once. While training waits as well, validation has half of the places."""
+    def add_validation(self, tasks: Iterable[Task], deadline_s: float = math.inf) -> None:
+        """Queue each task once; they are played beside the training. What is not done after `deadline_s` is dropped.
+
+        While training waits as well, validation is given at most half of the places.
+        """
         assert not self._validation, "the previous validation was not collected"
+        self._validation_ends_s = self._clock() + deadline_s
         for task in tasks:
             group = OpenGroup(f"validation-{self._version}-{task.index}", task, 1, self._version)
             self._validation[group.group_id] = group
@@ -224,25 +234,23 @@ class Scheduler:
             self._give_up(group, f"{kind}: {detail}")
 
     def expire(self) -> None:
-        """Replace groups that are older than `group_deadline_s`.
+        """Replace groups that are older than `group_deadline_s`, and end a validation that is past its deadline.
 
         Raises:
             RolloutStopped: this was one replaced group too many.
         """
-        while (expires_s := self.next_expiry()) is not None and self._clock() >= expires_s:
+        while (group_s := self._next_group_expiry()) is not None and self._clock() >= group_s:
             group = self._by_start[0]
             done = f"{len(group.finished)} of {group.size} episodes were done"
             self._give_up(group, f"group_deadline: not whole after {self._options.group_deadline_s:g} s; {done}")
+        if self._clock() >= self._validation_ends_s:
+            self._end_validation()
 
     def next_expiry(self) -> float | None:
         """When `expire` has something to do next, on the clock; None when nothing can expire."""
-        while self._by_start:
-            oldest = self._by_start[0]
-            if self._train.get(oldest.group_id) is oldest and not oldest.whole():
-                assert oldest.started_s is not None and self._options.group_deadline_s is not None
-                return oldest.started_s + self._options.group_deadline_s
-            self._by_start.popleft()
-        return None
+        group_s = self._next_group_expiry()
+        first_s = self._validation_ends_s if group_s is None else min(group_s, self._validation_ends_s)
+        return None if first_s == math.inf else first_s
 
     def obsolete(self) -> list[Assignment]:
         """Running attempts whose outcome no longer matters, each told once: cancel them."""
@@ -273,14 +281,33 @@ class Scheduler:
         groups = list(self._validation.values())
         if not all(group.whole() for group in groups):
             return None
-        self._validation = {}
+        self._validation, self._validation_ends_s = {}, math.inf
         return self._collected(groups, "validation")
 
+    def _end_validation(self) -> None:
+        self._validation_ends_s = math.inf
+        for group in [group for group in self._validation.values() if not group.whole()]:
+            # Not counted against the run's patience: late is not hopeless.
+            self._drop(group, "validation_deadline: not done in time (validation.deadline_s)")
+
+    def _next_group_expiry(self) -> float | None:
+        while self._by_start:
+            oldest = self._by_start[0]
+            if self._train.get(oldest.group_id) is oldest and not oldest.whole():
+                assert oldest.started_s is not None and self._options.group_deadline_s is not None
+                return oldest.started_s + self._options.group_deadline_s
+            self._by_start.popleft()
+        return None
+
     def _next(self) -> Assignment | None:
-        half = max(1, self.max_concurrent // 2)
-        if self._waiting_validation and (not self._waiting or self._running_validation < half):
+        half = self.max_concurrent // 2
+        # With one place they take turns.
+        allowed = self._running_validation < half if half else not self._validation_began_last
+        if self._waiting_validation and (allowed or not self._waiting):
             self._running_validation += 1
+            self._validation_began_last = True
             return self._waiting_validation.popitem(last=False)[0]
+        self._validation_began_last = False
         return self._waiting.popitem(last=False)[0] if self._waiting else None
 
     def _wait(self, assignment: Assignment, *, first: bool = False) -> None:
@@ -330,7 +357,7 @@ class Scheduler:
         return Assignment(group.group_id, group.task, episode, self.first_attempt)
 
     def _complete(self, group: OpenGroup) -> None:
-        self._replaced_in_a_row = 0
+        self._replaced_in_a_row[group.task.split] = 0
         self._forget(group)
         if group.group_id in self._validation:
             return
@@ -352,10 +379,11 @@ class Scheduler:
         self._replace(group, f"no_spread: all {self._options.group_size} rewards were {rewards.pop():g}")
 
     def _give_up(self, group: OpenGroup, cause: str) -> None:
-        self._replaced_in_a_row += 1
-        if self._replaced_in_a_row > self._options.max_replaced_groups:
+        self._replaced_in_a_row[group.task.split] += 1
+        in_a_row = self._replaced_in_a_row[group.task.split]
+        if in_a_row > self._options.max_replaced_groups:
             raise RolloutStopped(
-                f"{self._replaced_in_a_row} groups in a row could not be completed; the last was of environment "
+                f"{in_a_row} groups in a row could not be completed; the last was of environment "
                 f"{group.task.env!r} (task seed {group.task.seed}): {cause}"
             )
         self._replace(group, cause)

@@ -82,6 +82,8 @@ LOST = EpisodeFailure(FailureKind.ENV_LOST, "gone")
     extra_episodes=st.integers(0, 2),
     dynamic_sampling=st.booleans(),
     restart_rate=st.sampled_from([0.0, 0.02, 0.1]),
+    validation_rate=st.sampled_from([0.0, 0.05, 1.0]),
+    validation_size=st.integers(1, 8),
 )
 def test_any_interleaving_keeps_the_promises(
     seed: int,
@@ -96,10 +98,13 @@ def test_any_interleaving_keeps_the_promises(
     extra_episodes: int,
     dynamic_sampling: bool,
     restart_rate: float,
+    validation_rate: float,
+    validation_size: int,
 ) -> None:
     """Bounded staleness and concurrency, whole groups, each task trained once or dropped with its cause.
 
-    Whatever happens to schedulers that are lost between two collections, as the driver of a run sees it.
+    Whatever happens to schedulers that are lost between two collections, as the driver of a run sees it, and whenever
+    a validation is played beside the training: each is answered, and neither starves the other.
     """
     steps, rng, clock = 4, random.Random(seed), Clock()
     options: dict[str, Any] = dict(
@@ -121,12 +126,21 @@ def test_any_interleaving_keeps_the_promises(
     running: list[Assignment] = []
     version, collected, started_at = 0, list[Collected](), dict[str, int]()
     attempts = dict[tuple[str, int], int]()
-    while version < steps:
+    held_out, validating, validated_last = validation_tasks(ENVS, validation_size), False, -1
+    while version < steps or validating:
         if rng.random() < restart_rate:
             state = SchedulerState.from_json(json.loads(json.dumps(state.successor(version).to_json())))
             schedule, running = scheduler(clock, state, **options), []
             started_at.clear()  # all of it is played again
-        for assignment in schedule.start():
+            if validating:  # and so is this
+                schedule.add_validation(held_out, 30.0)
+                validated_last = version  # at most one a version, as in a run
+        if not validating and validated_last < version < steps and rng.random() < validation_rate:
+            schedule.add_validation(held_out, 30.0)
+            validating, validated_last = True, version
+        started = schedule.start()
+        assert_shared_fairly(running, started, max_concurrent)
+        for assignment in started:
             started_at.setdefault(assignment.group_id, version)
             episode = (assignment.group_id, assignment.episode)
             assert assignment.attempt > attempts.get(episode, -1), "an earlier attempt could be taken for this one"
@@ -145,6 +159,11 @@ def test_any_interleaving_keeps_the_promises(
             if rng.random() < 0.5:  # cancelled; else it comes to its end on its own
                 running.remove(unwanted)
                 schedule.finish(unwanted, EpisodeFailure(FailureKind.CANCELLED, "unwanted"))
+        if validating and (validated := schedule.collect_validation()) is not None:
+            validating = False
+            assert {drop.task.split for drop in validated.dropped} <= {"validation"}
+            played_or_not = [group.task for group in validated.groups] + [drop.task for drop in validated.dropped]
+            assert sorted(task.index for task in played_or_not) == list(range(validation_size))
         # With staleness the next step may be whole already.
         while version < steps and (step := schedule.collect_step(version)) is not None:
             assert len(step.groups) == groups_per_step
@@ -212,6 +231,19 @@ def test_an_episodes_end_costs_the_same_whatever_is_in_play(order: str, waits: b
         return [steps_of(lambda: end(played(running[0]))) for _ in range(2)] + [steps_of(lambda: end(LOST))]
 
     assert costs(500) == costs(10)
+
+
+def assert_shared_fairly(running: list[Assignment], started: list[Assignment], places: int) -> None:
+    """Of what was started at once: validation got at most half of the places while training waited, and got them."""
+    half = places // 2
+    validating = sum(a.task.split == "validation" for a in running)
+    for position, assignment in enumerate(started):
+        later = {a.task.split for a in started[position + 1 :]}
+        if assignment.task.split == "validation":
+            assert validating < half or "train" not in later or not half, "training waited although it was its turn"
+            validating += 1
+        else:
+            assert validating >= half or "validation" not in later, "validation waited although it was its turn"
 
 
 def test_a_failed_episode_is_retried_then_its_group_replaced() -> None:
@@ -353,6 +385,53 @@ def test_validation_shares_the_places_and_its_failures_are_not_replaced() -> Non
     assert result is not None
     assert [group.task.index for group in result.groups] == [1, 2]
     assert [drop.task.index for drop in result.dropped] == [0]
+
+
+@pytest.mark.parametrize(("places", "most"), [(8, 4), (3, 1), (1, 1)])
+def test_while_training_waits_validation_holds_at_most_half_of_the_places(places: int, most: int) -> None:
+    schedule = scheduler(max_concurrent=places, groups_per_step=20, steps=1)
+    running = schedule.start()
+    schedule.add_validation(validation_tasks(ENVS, 20))
+    splits = list[str]()
+    while schedule.collect_step(0) is None and len(splits) < 20:
+        schedule.finish(running[0], played(running.pop(0)))
+        started = schedule.start()
+        running += started
+        splits += [a.task.split for a in started]
+        assert sum(a.task.split == "validation" for a in running) <= most
+    assert 6 <= splits.count("validation") <= 12, "each gets on, with one place or with many"
+
+
+def test_a_validation_that_is_late_is_ended_and_stops_nothing() -> None:
+    clock = Clock()
+    schedule = scheduler(clock, max_concurrent=30, max_replaced_groups=0)
+    training = schedule.start()
+    schedule.add_validation(validation_tasks(ENVS, 20), deadline_s=7.0)
+    first, *late = schedule.start()
+    schedule.finish(first, played(first))
+    assert schedule.next_expiry() == 7.0 and schedule.collect_validation() is None
+    clock.now = 7.0
+    schedule.expire()
+    assert schedule.obsolete() == late and schedule.next_expiry() is None
+    validated = schedule.collect_validation()
+    assert validated is not None and len(validated.groups) == 1 and len(validated.dropped) == 19
+    assert all(drop.cause.startswith("validation_deadline") for drop in validated.dropped)
+    for assignment in training:
+        schedule.finish(assignment, played(assignment))
+    step = schedule.collect_step(0)
+    assert step is not None and not step.dropped
+
+
+@pytest.mark.parametrize("failing", ["train", "validation"])
+def test_neither_stream_hides_that_the_other_always_fails(failing: str) -> None:
+    schedule = scheduler(max_retries=0, max_replaced_groups=3, max_concurrent=2, groups_per_step=100)
+    schedule.add_validation(validation_tasks(ENVS, 100))
+    running = schedule.start()
+    with pytest.raises(RolloutStopped, match="4 groups in a row could not be completed"):
+        for _ in range(40):
+            assignment = running.pop(0)
+            schedule.finish(assignment, LOST if assignment.task.split == failing else played(assignment))
+            running += schedule.start()
 
 
 def test_a_scheduler_that_was_lost_owes_what_was_not_told() -> None:

@@ -200,13 +200,23 @@ class Watched:
         self.started.append(manager(self.runners, self.envs, Supervision(), state))
         return self.started[-1]
 
-    def collect(self, step: int, hurt: Callable[[Any], None] | None = None) -> Collected:
-        with ThreadPoolExecutor(1) as pool:
-            collecting = pool.submit(self.kept.collect, step, lambda text: None)
-            if hurt is not None:
-                wait_until(lambda: sum(self.running()) > 0)
-                hurt(self.kept.manager)
-            return collecting.result(timeout=120)
+    def collect_and_validate(
+        self, step: int, tasks: list[Task], hurt: Callable[[Any], None]
+    ) -> tuple[Collected, Collected]:
+        """Both at once; the manager is hurt while it waits for episodes of both."""
+        with ThreadPoolExecutor(2) as pool:
+            validating = pool.submit(self.kept.validate, tasks, lambda text: None)
+            collecting = pool.submit(self.collect, step)
+            wait_until(lambda: self.waits_for_both() and sum(self.running()) > 0)
+            hurt(self.kept.manager)
+            return collecting.result(timeout=120), validating.result(timeout=120)[0]
+
+    def collect(self, step: int) -> Collected:
+        return self.kept.collect(step, lambda text: None)
+
+    def waits_for_both(self) -> bool:
+        text = ray.get(self.kept.manager.progress.remote(), timeout=60)
+        return "groups whole" in text and "validation tasks" in text
 
     def running(self) -> list[int]:
         return ray.get([runner.ping.remote() for runner in self.runners], timeout=60)
@@ -225,13 +235,16 @@ def pid_of(actor: Any) -> int:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=only_long)])
 def test_a_manager_that_dies_or_hangs_has_a_successor(ray_cluster: Any, how: int) -> None:
-    """Its step is played again, by the same runners; nothing is skipped, nothing comes twice, no episode is left."""
+    """It owed a step and a validation beside it. Both are played again, by the same runners; nothing is skipped,
+    nothing comes twice, no episode is left."""
     envs = [broken("fine")]
     runner = start(envs, says_ten_slowly)
     rollouts = Watched([runner], envs)
     steps = [rollouts.collect(0)]
     rollouts.kept.set_version(1)
-    steps.append(rollouts.collect(1, lambda actor: os.kill(pid_of(actor), how)))
+    held_out = [Task(index, "fine-step", 1000 + index, split="validation") for index in range(6)]
+    step, validated = rollouts.collect_and_validate(1, held_out, lambda actor: os.kill(pid_of(actor), how))
+    steps.append(step)
     rollouts.kept.set_version(2)
     steps.append(rollouts.collect(2))
     assert [step.manager_restarts for step in steps] == [0, 1, 0] and len(rollouts.started) == 2
@@ -239,9 +252,15 @@ def test_a_manager_that_dies_or_hangs_has_a_successor(ray_cluster: Any, how: int
     assert [group.task.index for group in groups] == list(range(12))
     assert {t.attempt for group in groups[4:] for t in group.trajectories} == {4}, "not its predecessor's episodes"
     assert not any(step.failures for step in steps)
+    assert [group.task for group in validated.groups] == held_out and not validated.dropped
+    assert [group.group_id for group in validated.groups] == [f"validation-1-{task.index}" for task in held_out]
     wait_until(lambda: rollouts.running() == [0], seconds=5)
-    for actor in (rollouts.kept.manager, runner):
-        ray.kill(actor)
+    with ThreadPoolExecutor(1) as pool:  # whoever waits when the run ends gets an answer, and no successor is started
+        validating = pool.submit(rollouts.kept.validate, held_out, lambda text: None)
+        wait_until(lambda: sum(rollouts.running()) > 0)
+        rollouts.kept.close()
+        assert isinstance(validating.exception(timeout=1), RolloutStopped) and len(rollouts.started) == 2
+    ray.kill(runner)
 
 
 def test_a_runner_ends_the_episodes_of_a_manager_that_is_gone(ray_cluster: Any) -> None:

@@ -52,7 +52,8 @@ SIMULATED = ["policy.engine=simulated", "checkpoint.save_final=false"]
 
 
 def test_failures_are_retried_and_an_interrupt_stops_everything(tmp_path: Path) -> None:
-    arguments = ["train", "configs/tiny.yaml", f"runs_dir={tmp_path}", *SIMULATED, "policy.simulated.error_rate=0.1"]
+    arguments = ["train", "configs/tiny.yaml", f"runs_dir={tmp_path}", *SIMULATED, "policy.simulated.error_rate=0.1",
+                 "validation.every=1"]  # fmt: skip
     with subprocess.Popen(
         [*COMMAND, *arguments, "steps=100000"], cwd=ROOT, env=environment(RAYGYM_TEST=str(tmp_path)),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -70,6 +71,13 @@ def test_failures_are_retried_and_an_interrupt_stops_everything(tmp_path: Path) 
 
     metrics = rows(tmp_path / "tiny")
     assert [row["step"] for row in metrics][:5] == [0, 1, 2, 3, 4]
+    # The last one may have been cut off; its row is there all the same.
+    assert all("val/reward" in row and "time/validate_s" in row for row in metrics[:-1])
+    for step in range(4):
+        played = (tmp_path / f"tiny/trajectories/validation_{step:06d}.jsonl").read_text().splitlines()
+        assert 0 < len(played) <= 8
+        # Overlapping the next step, and of one version all the same: -1 is what the policy did not generate.
+        assert {version for line in played for version in json.loads(line)["weight_versions"]} == {-1, step}
     assert sum(row.get("episodes/failed/engine_error", 0) for row in metrics) > 0
     assert all(row["episodes/completed"] == 16 for row in metrics[1:])
     ledger = [json.loads(line) for line in (tmp_path / "tiny/ledger.jsonl").read_text().splitlines()]
