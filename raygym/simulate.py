@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from raygym.types import Generation, Int32Array, Sampling
+from raygym.types import EngineLoad, Generation, Int32Array, Sampling
 from raygym.weights import model_checksum, tensor_checksum
 
 
@@ -60,11 +60,19 @@ class SimulatedEngine:
         self._stop_token_id = stop_token_ids[0]
         self._running = asyncio.Event()
         self._running.set()
+        self._generating = 0
         self.weight_version = 0
         self.weights_checksum = ""
 
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
         """Deterministic tokens after `turn_latency_s`; ends with the stop token half of the time."""
+        self._generating += 1
+        try:
+            return await self._generate(prompt_token_ids, sampling)
+        finally:
+            self._generating -= 1
+
+    async def _generate(self, prompt_token_ids: Int32Array, sampling: Sampling) -> Generation:
         await self._running.wait()
         rng = generator(prompt_token_ids, sampling.seed, self.weight_version)
         latency_s = draw_latency_s(self._config, rng)
@@ -98,6 +106,10 @@ class SimulatedEngine:
         self.weights_checksum = await asyncio.to_thread(_file_checksum, path)
         self.weight_version = version
         return self.weights_checksum
+
+    def load(self) -> EngineLoad:
+        """All that it was asked for runs: without a limit of its batch, nothing ever waits."""
+        return EngineLoad(self._generating, 0)
 
     async def check_health(self) -> None:
         """Always healthy."""
