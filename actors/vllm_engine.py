@@ -202,7 +202,7 @@ class VLLMEngine:
         self._llm.shutdown()
 
 
-class _StepReports(StatLoggerBase):
+class _StepReports(StatLoggerBase):  # type: ignore[misc]
     """What vLLM tells its loggers after each step, for the meter; it is given to vLLM beside vLLM's own."""
 
     def __init__(self, meter: LoadMeter) -> None:

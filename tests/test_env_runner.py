@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,24 @@ from ray import serve
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
 from raygym.actors.env_runner import EnvRunner, start_env_runner
+from raygym.actors.rollout_manager import start_manager
 from raygym.actors.serve_failures import engine_failure
-from raygym.config import EnvConfig
+from raygym.config import EnvConfig, RolloutConfig
 from raygym.env import ChatEnv, EnvError
 from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
 from raygym.turn_server import TurnAddress, TurnServer
-from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Generation, Int32Array, Sampling, Task, Trajectory
+from raygym.types import (
+    EngineLoad,
+    EpisodeFailure,
+    EpisodeStatus,
+    FailureKind,
+    Generation,
+    Int32Array,
+    Sampling,
+    Task,
+    Trajectory,
+)
 
 pytestmark = [pytest.mark.ray]
 END = 2
@@ -136,10 +147,11 @@ def test_what_serve_errors_mean(error, kind):
 
 
 class FakePolicy:
-    """A deployment whose answer depends on the group: `ok`, `refuse`, `raise`, `die`, `slow`."""
+    """A deployment whose answer depends on the group: `ok`, `refuse`, `raise`, `die`, `slow`; `train` takes 0.1 s."""
 
     def __init__(self) -> None:
-        self.cancelled = 0
+        self.cancelled = self.training = 0
+        self.capacity = 1000
         self.answer = answer("10")
         self.turns = TurnServer(lambda turn: self.generate(turn.prompt_token_ids, turn.sampling, turn.session_id))
 
@@ -156,6 +168,10 @@ class FakePolicy:
                 raise ValueError("no such luck")
             case "die":
                 os._exit(1)
+            case "train":
+                self.training += 1
+                await asyncio.sleep(0.1)
+                self.training -= 1
             case "slow":
                 try:
                     await asyncio.sleep(60)
@@ -167,6 +183,14 @@ class FakePolicy:
 
     async def cancellations(self) -> int:
         return self.cancelled
+
+    async def have_capacity(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    async def load(self) -> tuple[str, EngineLoad]:
+        """That of an engine of this capacity, made up: nothing waits here."""
+        running = min(self.training, self.capacity)
+        return serve.get_replica_context().replica_id.unique_id, EngineLoad(running, self.training - running)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +251,32 @@ class TestActor:
         while (cancelled := policy.cancellations.remote().result(timeout_s=10)) == 0 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert cancelled == 1
+
+    def test_a_manager_follows_the_engines_load(self, actor, policy):
+        config = RolloutConfig(
+            groups_per_step=1000, group_size=4, concurrency="adaptive", min_concurrent=4, max_concurrent=16
+        )
+        options = {"runtime_env": IMPORTS_THIS_MODULE}
+        at = (DEPLOYMENT, APP)
+        manager = start_manager(config, [SUMS], 0, 1, 0.0, [actor], policy=at, actor_options=options)
+        manager.collect.remote(0)
+
+        def wait_for(reached: Callable[[int, int], bool]) -> None:
+            deadline = time.monotonic() + 30
+            while not reached(
+                int(ray.get(manager.progress.remote(), timeout=10).split("at most ")[1].split()[0]),
+                policy.load.remote().result(timeout_s=10)[1].running,
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+        wait_for(lambda limit, running: limit == 16 and running > 8)
+        policy.have_capacity.remote(4).result(timeout_s=10)
+        # What the runner had waiting already starts no more either.
+        wait_for(lambda limit, running: limit < 16)
+        policy.have_capacity.remote(1000).result(timeout_s=10)
+        wait_for(lambda limit, running: 0 < running <= limit < 16)
+        ray.kill(manager)
 
     def test_dead_replica_is_engine_lost_and_its_successor_serves(self, actor):
         assert run(actor, "die").failure is FailureKind.ENGINE_LOST
