@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,12 @@ import ray
 from ray import serve
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
+from raygym.actors import concurrency_loop
+from raygym.actors.concurrency_loop import ConcurrencyLoop
 from raygym.actors.env_runner import EnvRunner, start_env_runner
 from raygym.actors.rollout_manager import start_manager
 from raygym.actors.serve_failures import engine_failure
+from raygym.concurrency import AdaptiveConcurrency
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.env import ChatEnv, EnvError
 from raygym.episode import EpisodeLimits
@@ -144,6 +148,36 @@ class TestPlainClass:
 def test_what_serve_errors_mean(error, kind):
     failure = engine_failure(error)
     assert failure.kind is kind and failure.detail
+
+
+async def test_loads_that_cannot_be_had_change_nothing_and_are_asked_again(monkeypatch, caplog):
+    answers: list[Any] = [
+        EpisodeFailure(FailureKind.ENGINE_TIMEOUT, "late"),
+        ValueError("no such deployment"),
+        [("r", EngineLoad(4, 0))],
+        EpisodeFailure(FailureKind.ENGINE_LOST, "gone"),
+    ]
+
+    async def ask(handle, method, timeout_s, late):
+        assert method == "load" and timeout_s > 0
+        answer = answers.pop(0) if answers else await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(concurrency_loop, "ask_replicas", ask)
+    monkeypatch.setattr(concurrency_loop, "_EVERY_S", 0.0)
+    monkeypatch.setattr(concurrency_loop.serve, "get_deployment_handle", lambda deployment, app: None)
+    seconds, limits = itertools.count(0.0, 10.0), list[int]()
+    control = AdaptiveConcurrency(4, 16, lambda: next(seconds))
+    loop = ConcurrencyLoop(control, "D", "a", lambda: 4, limits.append)
+    loop.start()
+    loop.start()
+    while answers:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert limits == [8]
+    assert len(caplog.records) == 2, "one for each time that it begins to fail"
 
 
 class FakePolicy:
