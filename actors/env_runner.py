@@ -176,6 +176,10 @@ class EnvRunner:
         """How many episodes run or wait for their place: an answer means that the event loop is alive."""
         return len(self._episodes)
 
+    async def resize(self, places: int) -> None:
+        """How many episodes may run here at once from now on; those that run go on."""
+        self._places.resize(places)
+
     async def abandon_before(self, attempt: int) -> None:
         """Nobody waits for attempts of a lower number: end those that run, and refuse those that still come.
 

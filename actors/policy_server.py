@@ -30,7 +30,7 @@ from raygym.simulate import SimulatedConfig, SimulatedEngine
 from raygym.tool_parsers import tool_parser
 from raygym.turn_batch import TurnRequest
 from raygym.turn_server import TurnAddress, TurnServer
-from raygym.types import EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
+from raygym.types import EngineLoad, EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
 from raygym.weights import Manifest, WeightsError, check_shapes, checkpoint_shapes, tied_names
 
 DEPLOYMENT = "PolicyServer"
@@ -129,6 +129,10 @@ class PolicyServer:
         self._sessions.expire()
         sessions = prometheus.gauge("raygym_open_sessions", "Recorded sessions that are open.", len(self._sessions))
         return str(self._rank), generate_latest().decode() + sessions, self._requests, self._running
+
+    async def load(self) -> tuple[str, EngineLoad]:
+        """This replica's name, another one after a restart, and its engine's load."""
+        return self._replica_id, self._engine.load()
 
     async def _all_metrics(self) -> str:
         handle = serve.get_deployment_handle(DEPLOYMENT, self._app_name)

@@ -16,7 +16,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from raygym.actors.actor_process import settle_process
+from raygym.actors.concurrency_loop import ConcurrencyLoop
 from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
+from raygym.concurrency import AdaptiveConcurrency
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.episode_exchange import EpisodeClient, EpisodesLost, Finished
 from raygym.loop_lag import LoopLag
@@ -45,13 +47,34 @@ class RolloutManager:
         runners: Sequence[ActorHandle[Any]],
         supervision: Supervision | None = None,
         state: SchedulerState | None = None,
+        policy: tuple[str, str] | None = None,
     ) -> None:
+        """Nothing is played yet.
+
+        Args:
+            config: `rollout` of the run.
+            envs: the run's environments.
+            seed: of the order of tasks.
+            steps: how many there are to train.
+            validation_temperature: of validation episodes.
+            runners: the EnvRunners that host `envs`.
+            supervision: how closely they are watched.
+            state: what a manager before this one left to do.
+            policy: deployment and Serve application of the engines, whose load is asked for where
+                `rollout.concurrency` is adaptive.
+        """
         state = state or SchedulerState()
         given = {name: getattr(config, name) for name in SchedulerOptions.__slots__ if name != "steps"}
         cursor = TaskCursor([(env.label, env.weight) for env in envs], seed, state.cursor)
         self._options = SchedulerOptions(**given, steps=steps)
         self._scheduler = Scheduler(cursor, self._options, time.monotonic, state)
-        self._scheduler.ahead = math.ceil(_AHEAD * config.max_concurrent)
+        self._control: AdaptiveConcurrency | None = None
+        self._control_loop: ConcurrencyLoop | None = None
+        if config.concurrency == "adaptive":
+            assert policy is not None, "adaptive concurrency needs to know the engines' deployment"
+            self._control = AdaptiveConcurrency(config.min_concurrent, config.max_concurrent, time.monotonic)
+            self._control_loop = ConcurrencyLoop(self._control, *policy, self._episodes, self._limited)
+        self._set_limit(self._control.limit if self._control else config.max_concurrent)
         self._stream: TaskStream | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._deadline_s = {env.label: _deadline_s(config, env) for env in envs}
@@ -84,7 +107,8 @@ class RolloutManager:
             RolloutStopped: an environment or the engine fails always.
         """
         collected = await self._wait(lambda: self._scheduler.collect_step(step))
-        return replace(collected, loop_lag_ms=self._lag.take())
+        concurrency = self._control.take_mean() if self._control else self._scheduler.max_concurrent
+        return replace(collected, loop_lag_ms=self._lag.take(), concurrency=concurrency)
 
     async def validate(self, tasks: Sequence[Task], deadline_s: float = math.inf) -> Collected:
         """One episode of each task, with validation's sampling, beside the training.
@@ -132,7 +156,8 @@ class RolloutManager:
 
     async def progress(self) -> str:
         """One line on what is going on; an answer means that the event loop is alive."""
-        return self._scheduler.describe()
+        limit = f", at most {self._control.limit} at once" if self._control else ""
+        return self._scheduler.describe() + limit
 
     async def runners_up(self) -> list[bool]:
         """Which of the EnvRunners answer."""
@@ -156,6 +181,8 @@ class RolloutManager:
             self._alarm.cancel()
         if self._stopped is not None:
             return
+        if self._control_loop is not None:
+            self._control_loop.start()
         try:
             self._scheduler.expire()
         except RolloutStopped as stop:
@@ -179,6 +206,27 @@ class RolloutManager:
         self._fill()
         self._changed.set()  # a validation may be over
 
+    def _episodes(self) -> int:
+        return self._scheduler.running + (self._stream.running if self._stream else 0)
+
+    def _set_limit(self, limit: int) -> None:
+        self._scheduler.max_concurrent = limit
+        self._scheduler.ahead = math.ceil(_AHEAD * limit)
+
+    def _limited(self, limit: int) -> None:
+        """Another limit than before: for what is handed out, and for what the runners have waiting already."""
+        self._set_limit(limit)
+        if self._supervisor is not None:
+            for runner in self._runners:
+                # Nobody waits for the answers: one that is down learns it with its next episode.
+                runner.resize.remote(self._places())
+        self._fill()
+
+    def _places(self) -> int:
+        """Episodes that may run in each runner."""
+        assert self._supervisor is not None
+        return math.ceil(self._scheduler.max_concurrent / self._supervisor.up)
+
     def _stop(self, stop: RolloutStopped) -> None:
         self._stopped = stop
         self._changed.set()
@@ -193,6 +241,9 @@ class RolloutManager:
             return
         finally:
             del self._calls[assignment]
+        if self._control is not None:
+            turns = outcome.turns if isinstance(outcome, Trajectory) else ()
+            self._control.episode_ended(len(turns), sum(turn.generate_s + turn.env_s for turn in turns))
         try:
             stream = self._stream
             owner = stream if stream is not None and assignment in stream else self._scheduler
@@ -215,7 +266,7 @@ class RolloutManager:
             assignment.episode,
             assignment.attempt,
             self._sampling[assignment.task.split],
-            math.ceil(self._scheduler.max_concurrent / supervisor.up),
+            self._places(),
         )
         try:
             async with asyncio.timeout(deadline_s):

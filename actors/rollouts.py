@@ -63,7 +63,14 @@ class Rollouts:
         def start(state: SchedulerState) -> Any:
             temperature = config.validation.temperature
             return start_manager(
-                rollout, config.envs, config.seed, config.steps, temperature, self._runners, state=state
+                rollout,
+                config.envs,
+                config.seed,
+                config.steps,
+                temperature,
+                self._runners,
+                state=state,
+                policy=(DEPLOYMENT, app_name(config.name)),
             )
 
         self._manager = KeptManager(start)

@@ -24,11 +24,13 @@ from vllm.renderers.chat_utils import has_non_text_content
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from raygym.api.call import Call, current_call
 from raygym.chat import ChatRenderer, TemplateError
 from raygym.engine import NO_LOGPROB, EngineError
-from raygym.types import Generation, Int32Array, Message, Sampling
+from raygym.load_meter import LoadMeter
+from raygym.types import EngineLoad, Generation, Int32Array, Message, Sampling
 from raygym.weights import model_checksum, tensor_checksum
 
 # Engine arguments that exactness rests on; the config refuses to override them.
@@ -109,7 +111,9 @@ class VLLMEngine:
         self._arguments = arguments
         self._stop_token_ids = list(stop_token_ids)
         self._tool_parser = tool_parser
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._meter = LoadMeter()
+        reports: Any = lambda _config, _index: _StepReports(self._meter)  # noqa: E731
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[reports])
         self.max_model_len = self._llm.model_config.max_model_len
         self.weight_version = 0
         self.weights_checksum = ""
@@ -143,9 +147,11 @@ class VLLMEngine:
     async def pause(self) -> None:
         """Freeze requests in flight and drop cached keys and values, which belong to the old weights."""
         await self._llm.pause_generation(mode="keep", clear_cache=True)
+        self._meter.paused(self._unfinished())
 
     async def resume(self) -> None:
         """Let frozen requests go on; they recompute their cache with the weights now loaded."""
+        self._meter.resumed(self._unfinished())
         await self._llm.resume_generation()
 
     async def load_weights(self, path: str, version: int) -> str:
@@ -161,6 +167,13 @@ class VLLMEngine:
         self.weights_checksum = checksums[0]
         await self.set_version(version)
         return checksums[0]
+
+    def load(self) -> EngineLoad:
+        """As of vLLM's last step."""
+        return self._meter.load(self._unfinished())
+
+    def _unfinished(self) -> int:
+        return int(self._llm.output_processor.get_num_unfinished_requests())
 
     async def check_health(self) -> None:
         """Raises when the engine core has died."""
@@ -187,6 +200,30 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """End the engine core and its workers."""
         self._llm.shutdown()
+
+
+class _StepReports(StatLoggerBase):  # type: ignore[misc]
+    """What vLLM tells its loggers after each step, for the meter; it is given to vLLM beside vLLM's own."""
+
+    def __init__(self, meter: LoadMeter) -> None:
+        self._meter = meter
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """One step; either of the two may be missing."""
+        if iteration_stats is not None:
+            self._meter.preempted(iteration_stats.num_preempted_reqs)
+        if scheduler_stats is not None:
+            self._meter.stepped(
+                engine_idx,
+                scheduler_stats.num_running_reqs,
+                scheduler_stats.num_waiting_reqs,
+                scheduler_stats.kv_cache_usage,
+            )
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
 
 
 class _RecordingClient:

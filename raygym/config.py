@@ -154,6 +154,11 @@ class RolloutConfig(Section):
     max_turns: PositiveInt = 4
     max_tokens_per_turn: PositiveInt = 16
     max_concurrent: PositiveInt = 64
+    """Episodes at once; with `concurrency: adaptive` the most."""
+    concurrency: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive`: as many as the engines take without a queue and without preemptions."""
+    min_concurrent: PositiveInt = 8
+    """With it, the least, at which it begins."""
     max_staleness: NonNegativeInt = 0
     temperature: PositiveFloat = 1.0
     env_runners: PositiveInt = 1
@@ -185,6 +190,15 @@ class RolloutConfig(Section):
     """Replace groups whose rewards are all equal: GRPO learns nothing from them."""
     max_uniform_groups: PositiveInt = 64
     """So many of them in a row stop the run."""
+
+    @model_validator(mode="after")
+    def _concurrency_bounds(self) -> RolloutConfig:
+        if self.concurrency == "adaptive" and self.min_concurrent > self.max_concurrent:
+            raise ValueError(
+                f"min_concurrent: {self.min_concurrent} is above rollout.max_concurrent {self.max_concurrent}; with "
+                "concurrency: adaptive, expected at most that"
+            )
+        return self
 
 
 class LearnerConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from raygym.types import Generation, Int32Array, Sampling
+from raygym.types import EngineLoad, Generation, Int32Array, Sampling
 
 NO_LOGPROB = -9000.0
 """vLLM writes -9999 where it has no logprob; real ones of a float32 softmax never get near."""
@@ -32,6 +32,9 @@ class Engine(Protocol):
 
     async def load_weights(self, path: str, version: int) -> str:
         """Replace all weights by those of a safetensors file, while paused. Returns their model checksum."""
+
+    def load(self) -> EngineLoad:
+        """What it has to do now, as last known; costs nothing."""
 
     async def check_health(self) -> None:
         """Raises when the engine can no longer serve."""

@@ -30,6 +30,7 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         "policy/turns_of_several_versions": sum(_several_versions(t) for t in trajectories),
     }
     metrics |= dict(zip(("manager/loop_lag_ms_p50", "manager/loop_lag_ms_p99"), collected.loop_lag_ms, strict=True))
+    metrics["manager/concurrency"] = collected.concurrency
     metrics["manager/restarts"] = collected.manager_restarts
     metrics |= {f"episodes/failed/{kind}": count for kind, count in sorted(collected.failures.items())}
     metrics |= {f"env/{env}/failed": count for env, count in sorted(collected.failures_by_env.items())}

@@ -28,8 +28,7 @@ class Places:
 
     async def take(self, limit: int | None) -> None:
         """Wait for a place, of `limit` from now on; None: as many as are asked for."""
-        self._limit = limit
-        self._wake()
+        self.resize(limit)
         if self._free() and not self._waiting:
             self._taken += 1
             return
@@ -41,6 +40,11 @@ class Places:
             if waiter.done() and not waiter.cancelled():
                 self.leave()  # the place came at the moment of giving up
             raise
+
+    def resize(self, limit: int | None) -> None:
+        """So many places from now on; who has one keeps it."""
+        self._limit = limit
+        self._wake()
 
     def leave(self) -> None:
         """Give a place back."""

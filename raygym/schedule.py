@@ -66,6 +66,8 @@ class Collected:
     """Of the RolloutManager meanwhile: median and 99th percentile."""
     state: SchedulerState = field(default_factory=SchedulerState)
     """What is left to do after this."""
+    concurrency: float = 0.0
+    """Episodes that might run at once meanwhile: the mean over time."""
     manager_restarts: int = 0
     """RolloutManagers that were lost since the last collection."""
 

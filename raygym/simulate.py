@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from raygym.engine_clock import EngineClock
-from raygym.types import Float32Array, Generation, Int32Array, Sampling
+from raygym.types import EngineLoad, Float32Array, Generation, Int32Array, Sampling
 from raygym.weights import model_checksum, tensor_checksum
 
 
@@ -60,6 +60,7 @@ class SimulatedEngine:
         self._model = model
         self._stop_token_id = stop_token_ids[0]
         self._clock = EngineClock()
+        self._generating = 0
         self.weight_version = 0
         self.weights_checksum = ""
 
@@ -69,6 +70,13 @@ class SimulatedEngine:
         All of it is a function of prompt, seed and the version that it began with; a token that a later version made
         is one of that version, too.
         """
+        self._generating += 1
+        try:
+            return await self._generate(prompt_token_ids, sampling)
+        finally:
+            self._generating -= 1
+
+    async def _generate(self, prompt_token_ids: Int32Array, sampling: Sampling) -> Generation:
         await self._clock.wait_running()
         started, first_version = self._clock.now(), self.weight_version
         rng = generator(prompt_token_ids, sampling.seed, self.weight_version)
@@ -112,6 +120,10 @@ class SimulatedEngine:
         self.weight_version = version
         self._clock.changed(version)
         return self.weights_checksum
+
+    def load(self) -> EngineLoad:
+        """All that it was asked for runs: without a limit of its batch, nothing ever waits."""
+        return EngineLoad(self._generating, 0)
 
     async def check_health(self) -> None:
         """Always healthy."""

@@ -94,6 +94,20 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do at one moment."""
+
+    running: int
+    """Requests in its batch."""
+    waiting: int
+    """Requests that wait to be in it. Not those that a change of weights has frozen and that will soon go on."""
+    preemptions: int = 0
+    """How often a request had to leave the batch for want of KV cache, since the engine started."""
+    kv_cache_usage: float = 0.0
+    """Share of the KV cache that requests in the batch hold, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One prompt of the order: an environment and a seed. All G episodes of a group share it."""
 

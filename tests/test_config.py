@@ -80,6 +80,11 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"envs": [{"id": "a"}, {"id": "a"}]}, ["envs", "name"]),
         ({"name": "a/b"}, ["name", "folder"]),
         ({"rollout": None}, ["rollout", "None"]),
+        (
+            {"rollout": {"concurrency": "adaptive", "max_concurrent": 4}},
+            ["rollout.min_concurrent: 8", "rollout.max_concurrent 4"],
+        ),
+        ({"rollout": {"concurrency": "fast"}}, ["rollout.concurrency", "'fixed' or 'adaptive'", "'fast'"]),
     ],
 )
 def test_bad_values_are_told_by_key(change: dict[str, Any], words: list[str]) -> None:
@@ -89,6 +94,10 @@ def test_bad_values_are_told_by_key(change: dict[str, Any], words: list[str]) ->
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_a_fixed_concurrency_may_be_below_the_least_of_an_adaptive_one() -> None:
+    assert parse_config({**MINIMAL, "rollout": {"max_concurrent": 2}}).rollout.concurrency == "fixed"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 import time
@@ -18,15 +19,29 @@ from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from raygym.actors import concurrency_loop
+from raygym.actors.concurrency_loop import ConcurrencyLoop
 from raygym.actors.env_runner import EnvRunner, start_env_runner
+from raygym.actors.rollout_manager import start_manager
 from raygym.actors.serve_failures import engine_failure
 from raygym.actors.turn_exchange import TurnExchange
-from raygym.config import EnvConfig
+from raygym.concurrency import AdaptiveConcurrency
+from raygym.config import EnvConfig, RolloutConfig
 from raygym.env import ChatEnv, EnvError
 from raygym.episode import EpisodeLimits
 from raygym.models import resolve_policy
 from raygym.turn_server import TurnAddress, TurnServer
-from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Generation, Int32Array, Sampling, Task, Trajectory
+from raygym.types import (
+    EngineLoad,
+    EpisodeFailure,
+    EpisodeStatus,
+    FailureKind,
+    Generation,
+    Int32Array,
+    Sampling,
+    Task,
+    Trajectory,
+)
 
 pytestmark = [pytest.mark.ray]
 END = 2
@@ -268,11 +283,42 @@ class TestTurnExchange:
             assert generated.token_ids.tolist() == answer("8").token_ids.tolist()
 
 
+async def test_loads_that_cannot_be_had_change_nothing_and_are_asked_again(monkeypatch, caplog):
+    answers: list[Any] = [
+        EpisodeFailure(FailureKind.ENGINE_TIMEOUT, "late"),
+        ValueError("no such deployment"),
+        [("r", EngineLoad(4, 0))],
+        EpisodeFailure(FailureKind.ENGINE_LOST, "gone"),
+    ]
+
+    async def ask(handle, method, timeout_s, late):
+        assert method == "load" and timeout_s > 0
+        answer = answers.pop(0) if answers else await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(concurrency_loop, "ask_replicas", ask)
+    monkeypatch.setattr(concurrency_loop, "_EVERY_S", 0.0)
+    monkeypatch.setattr(concurrency_loop.serve, "get_deployment_handle", lambda deployment, app: None)
+    seconds, limits = itertools.count(0.0, 10.0), list[int]()
+    control = AdaptiveConcurrency(4, 16, lambda: next(seconds))
+    loop = ConcurrencyLoop(control, "D", "a", lambda: 4, limits.append)
+    loop.start()
+    loop.start()
+    while answers:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert limits == [8]
+    assert len(caplog.records) == 2, "one for each time that it begins to fail"
+
+
 class FakePolicy:
-    """A deployment whose answer depends on the group: `ok`, `refuse`, `raise`, `die`, `slow`."""
+    """A deployment whose answer depends on the group: `ok`, `refuse`, `raise`, `die`, `slow`; `train` takes 0.1 s."""
 
     def __init__(self) -> None:
-        self.cancelled = 0
+        self.cancelled = self.training = 0
+        self.capacity = 1000
         self.answer = answer("10")
         self.turns = TurnServer(lambda turn: self.generate(turn.prompt_token_ids, turn.sampling, turn.session_id))
 
@@ -289,6 +335,10 @@ class FakePolicy:
                 raise ValueError("no such luck")
             case "die":
                 os._exit(1)
+            case "train":
+                self.training += 1
+                await asyncio.sleep(0.1)
+                self.training -= 1
             case "slow":
                 try:
                     await asyncio.sleep(60)
@@ -300,6 +350,14 @@ class FakePolicy:
 
     async def cancellations(self) -> int:
         return self.cancelled
+
+    async def have_capacity(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    async def load(self) -> tuple[str, EngineLoad]:
+        """That of an engine of this capacity, made up: nothing waits here."""
+        running = min(self.training, self.capacity)
+        return serve.get_replica_context().replica_id.unique_id, EngineLoad(running, self.training - running)
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +418,32 @@ class TestActor:
         while (cancelled := policy.cancellations.remote().result(timeout_s=10)) == 0 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert cancelled == 1
+
+    def test_a_manager_follows_the_engines_load(self, actor, policy):
+        config = RolloutConfig(
+            groups_per_step=1000, group_size=4, concurrency="adaptive", min_concurrent=4, max_concurrent=16
+        )
+        options = {"runtime_env": IMPORTS_THIS_MODULE}
+        at = (DEPLOYMENT, APP)
+        manager = start_manager(config, [SUMS], 0, 1, 0.0, [actor], policy=at, actor_options=options)
+        manager.collect.remote(0)
+
+        def wait_for(reached: Callable[[int, int], bool]) -> None:
+            deadline = time.monotonic() + 30
+            while not reached(
+                int(ray.get(manager.progress.remote(), timeout=10).split("at most ")[1].split()[0]),
+                policy.load.remote().result(timeout_s=10)[1].running,
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+        wait_for(lambda limit, running: limit == 16 and running > 8)
+        policy.have_capacity.remote(4).result(timeout_s=10)
+        # What the runner had waiting already starts no more either.
+        wait_for(lambda limit, running: limit < 16)
+        policy.have_capacity.remote(1000).result(timeout_s=10)
+        wait_for(lambda limit, running: 0 < running <= limit < 16)
+        ray.kill(manager)
 
     def test_dead_replica_is_engine_lost_and_its_successor_serves(self, actor):
         assert run(actor, "die").failure is FailureKind.ENGINE_LOST

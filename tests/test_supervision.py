@@ -135,6 +135,7 @@ def test_a_runner_that_dies_or_hangs_loses_only_its_episodes(ray_cluster: Any, t
     assert [len(group.trajectories) for group in collected.groups] == [4] * 4
     assert {t.status for g in collected.groups for t in g.trajectories} == {EpisodeStatus.TERMINATED}
     assert set(collected.failures) == {FailureKind.ENV_LOST} and not collected.dropped
+    assert collected.concurrency == 16
     # It comes back, and both work.
     deadline = time.monotonic() + 60
     while ray.get(rollouts.runners_up.remote(), timeout=60) != [True, True]:

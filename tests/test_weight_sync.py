@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from raygym.config import LearnerConfig, PolicyConfig, SyncConfig
 from raygym.in_flight import OnUpdate
 from raygym.models import resolve_policy
-from raygym.types import Generation, Int32Array, Sampling, TrainSequence
+from raygym.types import EngineLoad, Generation, Int32Array, Sampling, TrainSequence
 from raygym.weights import Manifest, plan_manifest
 
 if TYPE_CHECKING:
@@ -74,7 +74,12 @@ class Engines:
 
 
 def deployed(
-    model: str, replicas: int, run_name: str, model_dir: str | None = None, **policy: Any
+    model: str,
+    replicas: int,
+    run_name: str,
+    model_dir: str | None = None,
+    vllm: dict[str, Any] | None = None,
+    **policy: Any,
 ) -> Iterator[Engines]:
     from ray import serve
 
@@ -84,7 +89,7 @@ def deployed(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     model_dir = model_dir or str(resolve_policy(model))
-    config = PolicyConfig(model=model, replicas=replicas, vllm={"max_model_len": 512}, **policy)
+    config = PolicyConfig(model=model, replicas=replicas, vllm={"max_model_len": 512, **(vllm or {})}, **policy)
     config = serving.with_engine_defaults(config, model_dir)
     yield Engines(serving.deploy(run_name, config, model_dir, port), config, model_dir, port)
     serving.undeploy(run_name)
@@ -98,12 +103,15 @@ def two_tiny(ray_cluster: None) -> Iterator[Engines]:
 
 @pytest.fixture(scope="class")
 def one_tiny(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """One replica of `tiny` whose files recommend a sampling of their own, as many published models do."""
+    """One replica of `tiny` whose files recommend a sampling of their own, as many published models do.
+
+    Its batch has two places, so that requests queue.
+    """
     directory = tmp_path_factory.mktemp("tiny")
     shutil.copytree(resolve_policy("tiny"), directory, dirs_exist_ok=True)
     path = directory / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.01, "top_k": 1, "do_sample": True}))
-    yield from deployed("tiny", 1, "one-tiny", str(directory))
+    yield from deployed("tiny", 1, "one-tiny", str(directory), vllm={"max_num_seqs": 2})
 
 
 @pytest.fixture
@@ -323,6 +331,23 @@ class TestOneReplica:
         body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 12, "return_token_ids": True}
         tokens = {tuple(one_tiny.post("/v1/completions", body)["choices"][0]["token_ids"]) for _ in range(4)}
         assert len(tokens) > 1, "with the top_k of 1 that the files recommend, all answers are the same"
+
+    def test_the_engine_tells_its_load(self, one_tiny: Engines) -> None:
+        async def loads_of_eight() -> tuple[list[EngineLoad], EngineLoad]:
+            ask = one_tiny.handle
+            sampling = Sampling(max_tokens=64, seed=0)
+            eight = asyncio.gather(*(ask.generate.remote(p, sampling, f"l{i}") for i, p in enumerate(prompts(8))))
+            loads = []
+            while not eight.done():
+                loads.append((await ask.load.remote())[1])
+            await eight
+            return loads, (await ask.load.remote())[1]
+
+        loads, after = asyncio.run(loads_of_eight())
+        assert max(load.running for load in loads) == 2
+        assert max(load.waiting for load in loads) == 6
+        assert 0 < max(load.kv_cache_usage for load in loads) < 1
+        assert after == EngineLoad(0, 0), "no preemption and no weight sync is in it"
 
 
 class TestTwoReplicas:

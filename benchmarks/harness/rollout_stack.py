@@ -76,7 +76,8 @@ def rollout_stack(
             )
             for _ in range(config.env_runners)
         ]
-        manager = start_manager(config, [env], 0, steps, 0.0, runners)
+        policy_at = (DEPLOYMENT, serving.app_name(APP))
+        manager = start_manager(config, [env], 0, steps, 0.0, runners, policy=policy_at)
         ray.get([runner.ping.remote() for runner in runners], timeout=120)
         yield Stack(manager, runners)
     finally:
