@@ -16,16 +16,18 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from raygym.kv_blocks import KvBlocks, prefix_hashes
+from raygym.latency_profile import read_profile
 from raygym.types import Int32Array
 
 
 class BatchingConfig(BaseModel):
-    """`policy.simulated.batching`: what a step costs, and the limits of the batch. Names are vLLM's where it has one."""
+    """`policy.simulated.batching`: what a step costs, and the batch's limits; inline, or the path of a YAML file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,6 +50,11 @@ class BatchingConfig(BaseModel):
     """Tokens of one of the `kv_blocks`."""
     prefix_caching: bool = True
     """Keep the blocks of ended requests until the room is needed; what a prompt shares with them is not computed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, data: Any) -> Any:
+        return read_profile(data)
 
     @model_validator(mode="after")
     def _consistent(self) -> BatchingConfig:
@@ -145,7 +152,7 @@ class ContinuousBatching:
         self._context_tokens = 0
         # A decoding request needs a new block once in block_size steps; [k]: those that do when step_count % size == k.
         self._needing = [0] * config.block_size
-        # (steps at which it is whole, tie-break, request, its _since): entries of requests that left meanwhile are stale.
+        # (steps at which it is whole, tie-break, request, its _since); what has left meanwhile stays in here, stale.
         self._ends: list[tuple[int, int, BatchedRequest, int]] = []
         self._order = count()
         # The engine's own time stands still in pauses: it is the caller's less `_stood_s`.
@@ -190,14 +197,11 @@ class ContinuousBatching:
         self._catch_up(now_s)
         if request.finished_s is not None:
             return
+        self._end_after_current_step(now_s)
         if request in self._running:
-            self._end_after_current_step(now_s)
             self._leave(request)
-            if not self._running:
-                self._steps = None  # nobody is left whose tokens the step would make
         else:
             self._waiting.remove(request)
-        self._plan_if_idle(now_s)
 
     def pause(self, now_s: float) -> None:
         """Let time stand still for everything in flight."""
@@ -219,10 +223,10 @@ class ContinuousBatching:
         """
         self._catch_up(now_s)
         self._settle(now_s)
-        self._steps = None
         for request in reversed(list(self._running)):
             self._leave(request, keep=False)
             self._waiting.appendleft(request)
+        self._steps = None
         for request in self._waiting:
             request.changes.append((request._made, version))
             self._queue(request)
@@ -308,7 +312,7 @@ class ContinuousBatching:
 
     def _end_steps(self, steps: _Steps) -> None:
         self._count(steps, steps.number)
-        self._steps = None
+        self._steps = self._partial = None
         for request, tokens in steps.prefills:
             if request not in self._running:
                 continue  # cancelled meanwhile
@@ -387,12 +391,7 @@ class ContinuousBatching:
         requests = self._decoding + len(prefills)
         new_tokens = sum(tokens for _, tokens in prefills)
         kv_tokens = self._context_tokens + sum(request._computed + tokens for request, tokens in prefills)
-        first_s = (
-            cfg.step_s
-            + cfg.request_s * requests
-            + cfg.kv_token_s * kv_tokens
-            + cfg.prefill_token_s * new_tokens
-        )
+        first_s = cfg.step_s + cfg.request_s * requests + cfg.kv_token_s * kv_tokens + cfg.prefill_token_s * new_tokens
         number = 1 if prefills or preempted else self._steps_until_change()
         self._steps = _Steps(time_s, first_s, cfg.kv_token_s * self._decoding, number, prefills)
 
