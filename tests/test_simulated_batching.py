@@ -90,7 +90,7 @@ class TestKvCache:
         assert (batch.running, batch.waiting, batch.preemptions, batch.kv_usage) == (1, 1, 1, 3 / 4)
         assert (batch.made(7.5, first), batch.made(7.5, second)) == (2, 1)
         ends = finish(batch)
-        # First: tokens 3, 4, 5 in three steps. Second: 5 tokens need 2 blocks, free once the first is gone; then 2 more.
+        # First: tokens 3, 4, 5 in three steps. Second: its 5 tokens need 2 blocks, free then; 2 more.
         assert ends[first] == 7.5 + 3
         assert ends[second] == 10.5 + (1 + 2.5) + 2
         assert batch.kv_usage == 0
@@ -146,7 +146,7 @@ class TestKvCache:
     def test_what_never_fits_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"22 tokens do not fit .* 5 blocks of 4.*kv_blocks"):
             submit(batching(kv_blocks=5), 0.0, prompt=20, length=2)
-        assert finish(batch := batching(kv_blocks=5)) == {}
+        batch = batching(kv_blocks=5)
         submit(batch, 0.0, prompt=20, length=1)
         assert len(finish(batch)) == 1
 
@@ -304,7 +304,7 @@ class TestEveryLoad:
 
 def test_a_step_of_many_costs_no_more_than_a_step_of_few() -> None:
     """What happens is counted in events, not in tokens: one second of 1,000 requests is a handful of them."""
-    batch = batching(step_s=0.01, max_num_seqs=1024, kv_blocks=100_000, max_num_batched_tokens=100_000)
+    batch = batching(step_s=0.01, max_num_seqs=1024, kv_blocks=1_100_000, max_num_batched_tokens=100_000)
     for number in range(1000):
         submit(batch, 0.0, 8, 4000, first=10_000 * number)
     events = 0
