@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from raygym.actors.collective import join_group, leave_group
+from raygym.actors.simulated_deaths import claim_death
 from raygym.actors.weight_receiver import receive_version
 from raygym.api import prometheus
 from raygym.api.front import ApiFront, FrontOptions
@@ -46,7 +48,10 @@ async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
     """The engine that the config asks for. Blocks until it can generate."""
     stops = stop_token_ids(Path(model_dir))
     if config.engine == "simulated":
-        return SimulatedEngine(SimulatedConfig(**config.simulated), stops, model_dir, config.model)
+        simulated = SimulatedConfig(**config.simulated)
+        app = serve.get_replica_context().app_name
+        may_die = partial(claim_death, app, simulated.deaths)
+        return SimulatedEngine(simulated, stops, model_dir, config.model, may_die)
     # vLLM takes ten seconds to import; only a replica that serves it pays.
     from raygym.actors.vllm_engine import VLLMEngine
 

@@ -61,6 +61,7 @@ class Played:
 
     @property
     def latencies_s(self) -> list[float]:
+        """Of all turns, episode by episode."""
         return [turn.seconds for turns in self.turns for turn in turns]
 
 
@@ -266,7 +267,7 @@ def fit(batch_limits: Mapping[str, Any], loads: Sequence[Played]) -> dict[str, f
 
 
 def errors(model: BatchingConfig, repetitions: Sequence[Mapping[str, Played]]) -> dict[str, list[float]]:
-    """Relative errors of turn latencies (median, 90th percentile) and of throughput (median of loads), a repetition each."""
+    """Relative errors of turn latencies and of throughput (median over the loads), one for each repetition."""
     found: dict[str, list[float]] = {}
     for loads in repetitions:
         latency, throughput = [], []
