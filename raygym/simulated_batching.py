@@ -15,7 +15,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
-from math import sqrt
+from math import inf, nextafter, sqrt
 from typing import Any
 
 import numpy as np
@@ -251,10 +251,17 @@ class ContinuousBatching:
             return self._finished[0].finished_s
         if self._steps is None or self._paused_at_s is not None:
             return None
-        return self._steps.end_s + self._stood_s
+        return self._caller_s(self._steps.end_s)
 
     def _engine_s(self, now_s: float) -> float:
         return (now_s if self._paused_at_s is None else self._paused_at_s) - self._stood_s
+
+    def _caller_s(self, time_s: float) -> float:
+        now_s = time_s + self._stood_s
+        # Rounded down, it would be a moment before that engine's time, and who waited for it would wait again.
+        while now_s - self._stood_s < time_s:
+            now_s = nextafter(now_s, inf)
+        return now_s
 
     def _check_size(self, tokens: int) -> None:
         cfg = self.config
@@ -348,7 +355,7 @@ class ContinuousBatching:
         return request._made + (self._step_count - request._since if request._decodes else 0)
 
     def _finish(self, request: BatchedRequest, time_s: float) -> None:
-        request.finished_s = time_s + self._stood_s
+        request.finished_s = self._caller_s(time_s)
         self._leave(request)
         self._finished.append(request)
 

@@ -205,6 +205,8 @@ class Load:
     config: BatchingConfig
     asked: list[tuple[float, int, int, int, float | None]] = field(default_factory=list)
     """When, prompt tokens, answer tokens, which of three prompts, and when it is given up."""
+    pauses: list[tuple[float, float, bool]] = field(default_factory=list)
+    """When, for how long, and whether the weights change in it."""
 
 
 @st.composite
@@ -224,7 +226,9 @@ def loads(draw: Any) -> Load:
         st.integers(0, 40).map(float), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2),
         st.none() | st.integers(0, 60).map(lambda n: n + 0.3),
     )  # fmt: skip
-    return Load(config, sorted(draw(st.lists(asked, min_size=1, max_size=12)), key=lambda a: a[0]))
+    pauses = st.tuples(st.integers(0, 40).map(lambda n: n + 0.6), st.integers(1, 9).map(float), st.booleans())
+    loads_asked = sorted(draw(st.lists(asked, min_size=1, max_size=12)), key=lambda a: a[0])
+    return Load(config, loads_asked, draw(st.lists(pauses, max_size=2)))
 
 
 def play(load: Load, step_s: float | None = None) -> tuple[ContinuousBatching, list[BatchedRequest], list[str]]:
@@ -236,6 +240,8 @@ def play(load: Load, step_s: float | None = None) -> tuple[ContinuousBatching, l
         changes.append((at, number, "submit"))
         if given_up is not None:
             changes.append((at + given_up, number, "cancel"))
+    for number, (at, seconds, _) in enumerate(load.pauses):
+        changes += [(at, number, "pause"), (at + seconds / 2, number, "weights"), (at + seconds, number, "resume")]
     changes.sort()
     now_s = 0.0
     while changes or batch.next_event_s() is not None:
@@ -248,6 +254,13 @@ def play(load: Load, step_s: float | None = None) -> tuple[ContinuousBatching, l
             if what == "submit":
                 _, prompt, length, which, _ = load.asked[number]
                 requests.append(batch.submit(now_s, tokens(prompt, 1000 * which), tokens(length, 100 * number + 5000)))
+            elif what == "pause":
+                batch.pause(now_s)
+            elif what == "resume":
+                batch.resume(now_s)
+            elif what == "weights":
+                if load.pauses[number][2]:
+                    batch.change_weights(now_s, number)
             elif requests[number].finished_s is None:
                 batch.cancel(now_s, requests[number])
                 log.append(f"cancel {number}")
@@ -283,7 +296,7 @@ class TestEveryLoad:
     @given(loads())
     def test_first_come_first_served(self, load: Load) -> None:
         load.asked = [(at, prompt, 3, which, None) for at, prompt, _, which, _ in load.asked]
-        load.config = load.config.model_copy(update={"kv_blocks": 1000})
+        load.config, load.pauses = load.config.model_copy(update={"kv_blocks": 1000}), []
         _, requests, _ = play(load)
         ends = [request.finished_s for request in requests]
         assert ends == sorted(ends)  # type: ignore[type-var]
