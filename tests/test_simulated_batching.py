@@ -316,10 +316,10 @@ class TestEveryLoad:
 
 
 def test_a_step_of_many_costs_no_more_than_a_step_of_few() -> None:
-    """What happens is counted in events, not in tokens: one second of 1,000 requests is a handful of them."""
-    batch = batching(step_s=0.01, max_num_seqs=1024, kv_blocks=1_100_000, max_num_batched_tokens=100_000)
-    for number in range(1000):
-        submit(batch, 0.0, 8, 4000, first=10_000 * number)
+    """What happens is counted in events, not in tokens: 400,000 of them are made in a handful."""
+    batch = batching(max_num_seqs=400, kv_blocks=110_000, max_num_batched_tokens=100_000, prefix_caching=False)
+    for number in range(400):
+        submit(batch, 0.0, 8, 1000, first=10_000 * number)
     events = 0
     while batch.next_event_s() is not None:
         batch.advance(batch.next_event_s())  # type: ignore[arg-type]
