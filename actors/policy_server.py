@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from raygym.turn_server import TurnAddress, TurnServer
 from raygym.types import EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
 from raygym.weights import Manifest, WeightsError, check_shapes, checkpoint_shapes, tied_names
 
+logger = logging.getLogger(__name__)
 DEPLOYMENT = "PolicyServer"
 _METRICS_TIMEOUT_S = 5.0
 
@@ -148,7 +150,19 @@ class PolicyServer:
         return await self._turns.address(self._replica_id, ray.util.get_node_ip_address())
 
     async def _answer(self, request: TurnRequest) -> Generation:
-        return await self.generate(request.prompt_token_ids, request.sampling, request.session_id)
+        try:
+            return await self.generate(request.prompt_token_ids, request.sampling, request.session_id)
+        except EpisodeFailure:
+            await self._refuse_turns_if_dead()
+            raise
+
+    async def _refuse_turns_if_dead(self) -> None:
+        """A dead engine fails at once, so the replica would look idle and draw all turns until Serve replaces it."""
+        try:
+            await self.check_health()
+        except Exception as error:
+            logger.error("replica %s takes no more turns: %s", self._replica_id, error)
+            self._turns.close()
 
     async def join(self, group_name: str, world_size: int, manifest: Manifest, timeout_s: float) -> ReplicaState:
         """Become a member of the weight group, after checking that its versions fit this engine.
