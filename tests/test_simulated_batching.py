@@ -172,6 +172,15 @@ class TestInterference:
         batch.cancel(5.0, request)
         assert batch.advance(5.0) == [request]
 
+    def test_a_cancel_in_a_pause_lets_the_next_one_in_after_it(self) -> None:
+        batch = batching(max_num_seqs=1)
+        first, second = (submit(batch, 0.0, prompt=1, length=2, first=n) for n in (0, 50))
+        batch.pause(0.5)
+        batch.cancel(3.0, first)
+        assert (batch.running, batch.waiting, batch.next_event_s()) == (0, 1, None)
+        batch.resume(10.5)
+        assert finish(batch) == {second: 11.0 + 2}
+
     def test_time_stands_still_in_a_pause(self) -> None:
         batch = batching()
         request = submit(batch, 0.0, prompt=1, length=4)
