@@ -97,7 +97,10 @@ def main() -> None:
     costs = fit(batch_limits, loads)
     model = BatchingConfig(**batch_limits, **costs)
     print(yaml.safe_dump({"batching": model.model_dump()}, sort_keys=False))
-    samples: dict[str, list[float]] = {key: [value] for key, value in costs.items()}
+    # In units in which four digits after the point say enough.
+    units = {"step_ms": "step_s", "request_ms": "request_s", "kv_1000_tokens_ms": "kv_token_s"}
+    units["prefill_token_ms"] = "prefill_token_s"
+    samples = {key: [costs[cost] * (1e6 if "1000" in key else 1e3)] for key, cost in units.items()}
     samples["prefix_hit_share"] = [predict(model, loads["episodes"])[2] for loads in held_out]
     for part, repetitions in (("fitted", fitted), ("held_out", held_out)):
         for key, values in errors(model, repetitions).items():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_episode import Talk, episode, renderer  # noqa: F401 - a fixture
 
 from raygym.chat import ChatRenderer
-from raygym.config import ConfigError, PolicyConfig
+from raygym.config import ConfigError, PolicyConfig, load_config
 from raygym.engine import EngineError
 from raygym.engine_options import check_engine_options
 from raygym.latency_profile import MeasuredLatency
@@ -258,6 +258,12 @@ class TestEpisodesOnFaults:
         failed = [trajectory for trajectory in trajectories if trajectory.status is EpisodeStatus.FAILED]
         assert 0 < len(failed) < 12 and {trajectory.reward for trajectory in failed} == {0.0}
         assert {t.reward for t in trajectories if t.status is EpisodeStatus.TERMINATED} == {0.5}
+
+
+def test_the_shipped_preset_is_a_config_of_this_engine() -> None:
+    config = load_config(Path(__file__).parent.parent / "configs" / "simulated_smollm2_cpu.yaml")
+    check_engine_options(config.policy)
+    assert SimulatedConfig(**config.policy.simulated).batching is not None
 
 
 async def test_a_fault_has_its_name() -> None:
