@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from raygym.simulated_batching import BatchedRequest, BatchingConfig, ContinuousBatching
+from raygym.batching_config import BatchingConfig
+from raygym.simulated_batching import BatchedRequest, ContinuousBatching
 from raygym.types import Int32Array
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from raygym.batched_generations import BatchedGenerations
+from raygym.batching_config import BatchingConfig
 from raygym.latency_profile import MeasuredLatency
-from raygym.simulated_batching import BatchingConfig, ContinuousBatching
+from raygym.simulated_batching import ContinuousBatching
 from raygym.simulated_faults import EngineLife, SimulatedFault, garbage
 from raygym.types import Generation, Int32Array, Sampling
 from raygym.weights import model_checksum, tensor_checksum

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiers import LONG
 
+from raygym.batching_config import BatchingConfig
 from raygym.kv_blocks import KvBlocks, prefix_hashes
-from raygym.simulated_batching import BatchedRequest, BatchingConfig, ContinuousBatching
+from raygym.simulated_batching import BatchedRequest, ContinuousBatching
 
 
 def batching(**keys: Any) -> ContinuousBatching:
