@@ -87,6 +87,7 @@ class PolicyServer:
         )
         self._replica_id: str = context.replica_id.unique_id
         self._turns = TurnServer(self._answer)
+        self._refuses_turns = False
         self._group = ""
         self._manifest: Manifest | None = None
         self._received: Path | None = None
@@ -161,7 +162,9 @@ class PolicyServer:
         try:
             await self.check_health()
         except Exception as error:
-            logger.error("replica %s takes no more turns: %s", self._replica_id, error)
+            if not self._refuses_turns:
+                logger.error("replica %s takes no more turns: %s", self._replica_id, error)
+            self._refuses_turns = True
             self._turns.close()
 
     async def join(self, group_name: str, world_size: int, manifest: Manifest, timeout_s: float) -> ReplicaState:
