@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ray.exceptions import RayError
 
 from raygym.actors.actor_process import settle_process
 from raygym.actors.collective import join_group, leave_group
+from raygym.actors.simulated_deaths import claim_death
 from raygym.actors.weight_receiver import receive_version
 from raygym.api import prometheus
 from raygym.api.front import ApiFront, FrontOptions
@@ -33,6 +36,7 @@ from raygym.turn_server import TurnAddress, TurnServer
 from raygym.types import EngineLoad, EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
 from raygym.weights import Manifest, WeightsError, check_shapes, checkpoint_shapes, tied_names
 
+logger = logging.getLogger(__name__)
 DEPLOYMENT = "PolicyServer"
 _METRICS_TIMEOUT_S = 5.0
 
@@ -60,7 +64,10 @@ async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
     """The engine that the config asks for. Blocks until it can generate."""
     stops = stop_token_ids(Path(model_dir))
     if config.engine == "simulated":
-        return SimulatedEngine(SimulatedConfig(**config.simulated), stops, model_dir, config.model)
+        simulated = SimulatedConfig(**config.simulated)
+        app = serve.get_replica_context().app_name
+        may_die = partial(claim_death, app, simulated.deaths)
+        return SimulatedEngine(simulated, stops, model_dir, config.model, may_die)
     # vLLM takes ten seconds to import; only a replica that serves it pays.
     from raygym.actors.vllm_engine import VLLMEngine
 
@@ -96,6 +103,7 @@ class PolicyServer:
         )
         self._replica_id: str = context.replica_id.unique_id
         self._turns = TurnServer(self._answer)
+        self._refuses_turns = False
         self._group = ""
         self._manifest: Manifest | None = None
         self._received: Path | None = None
@@ -172,7 +180,21 @@ class PolicyServer:
         return await self._turns.address(self._replica_id, ray.util.get_node_ip_address())
 
     async def _answer(self, request: TurnRequest) -> Generation:
-        return await self.generate(request.prompt_token_ids, request.sampling, request.session_id)
+        try:
+            return await self.generate(request.prompt_token_ids, request.sampling, request.session_id)
+        except EpisodeFailure:
+            await self._refuse_turns_if_dead()
+            raise
+
+    async def _refuse_turns_if_dead(self) -> None:
+        """A dead engine fails at once, so the replica would look idle and draw all turns until Serve replaces it."""
+        try:
+            await self.check_health()
+        except Exception as error:
+            if not self._refuses_turns:
+                logger.error("replica %s takes no more turns: %s", self._replica_id, error)
+            self._refuses_turns = True
+            self._turns.close()
 
     async def join(self, group_name: str, world_size: int, manifest: Manifest, timeout_s: float) -> ReplicaState:
         """Become a member of the weight group, after checking that its versions fit this engine.

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raygym.actors.policy_server import DEPLOYMENT, PolicyServer
 from raygym.actors.session_router import SessionRouter
+from raygym.actors.simulated_deaths import forget_deaths
 from raygym.api.front import FrontOptions
 from raygym.api.sampling import SamplingProfile
 from raygym.config import ConfigError, PolicyConfig, RunConfig
@@ -68,10 +69,16 @@ def context_length(config: PolicyConfig, model_dir: str) -> int:
 def with_engine_defaults(config: PolicyConfig, model_dir: str) -> PolicyConfig:
     """The config with vLLM options that suit a CPU, where the user set none and no GPU is used.
 
+    A simulated engine's config comes back with the content of the files that it names.
+
     Raises:
         ConfigError: chunked prefill was asked for on a CPU.
     """
-    if config.engine != "vllm" or config.gpus_per_replica > 0:
+    if config.engine == "simulated":
+        # Files of measured times are read here: a replica on another node may not have them.
+        simulated = SimulatedConfig(**config.simulated).model_dump(exclude_unset=True)
+        return config.model_copy(update={"simulated": simulated})
+    if config.gpus_per_replica > 0:
         return config
     if config.vllm.get("enable_chunked_prefill"):
         raise ConfigError(
@@ -125,6 +132,7 @@ def deploy(
         TimeoutError: not all replicas serve after `policy.startup_timeout_s`.
     """
     serve.start(http_options=HTTPOptions(host=config.http.host, port=port))
+    forget_deaths(app_name(run_name))
     actor_options: dict[str, Any] = {
         "num_cpus": 0,
         "num_gpus": config.gpus_per_replica,

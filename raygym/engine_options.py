@@ -8,7 +8,7 @@ from collections.abc import Collection
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -27,11 +27,7 @@ def check_engine_options(config: PolicyConfig) -> None:
     try:
         SimulatedConfig(**config.simulated)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            raise ConfigError(_unknown("policy.simulated", key, SimulatedConfig.model_fields)) from error
-        raise ConfigError(f"policy.simulated.{key}: {problem['msg']}, found {problem['input']!r}") from error
+        raise ConfigError(_simulated_problem(error)) from error
     known = vllm_argument_names()
     if known:
         for key in config.vllm:
@@ -40,6 +36,29 @@ def check_engine_options(config: PolicyConfig) -> None:
     length = config.vllm.get("max_model_len", 2)
     if type(length) is not int or length < 2:
         raise ConfigError(f"policy.vllm.max_model_len: expected an integer of at least 2 tokens, found {length!r}")
+
+
+def _simulated_problem(error: ValidationError) -> str:
+    # A mistyped key is named before the one that is missing because of it.
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    *sections, key = ["policy.simulated", *(str(part) for part in problem["loc"])]
+    if problem["type"] == "extra_forbidden":
+        return _unknown(".".join(sections), key, _simulated_fields(sections[1:]))
+    where = ".".join([*sections, key])
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+    if problem["type"] == "missing":
+        return f"{where}: is required and missing"
+    return f"{where}: {problem['msg']}, found {problem['input']!r}"
+
+
+def _simulated_fields(sections: list[str]) -> Collection[str]:
+    model: Any = SimulatedConfig
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        model = next((part for part in get_args(annotation) if hasattr(part, "model_fields")), annotation)
+    fields: Collection[str] = model.model_fields
+    return fields
 
 
 @cache

@@ -221,6 +221,8 @@ class _Policy:
 def _check(generation: Generation) -> None:
     if len(generation.token_ids) == 0:
         raise EpisodeFailure(FailureKind.ENGINE_ERROR, "the engine returned no tokens")
+    if (generation.token_ids < 0).any():
+        raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"the engine returned token {int(generation.token_ids.min())}")
     bad = ~(np.isfinite(generation.logprobs) & (generation.logprobs > NO_LOGPROB))
     if bad.any():
         at = int(np.argmax(bad))

@@ -1,6 +1,7 @@
 """The simulated engine: latency without a model. For tests and for trying a config, never for a result.
 
-Its tokens are a deterministic function of prompt, seed and weight versions, so that runs repeat exactly.
+Its tokens are a deterministic function of prompt, seed and weight versions, so that runs repeat exactly. Its time is
+drawn for each generation, or comes from a model of continuous batching (`simulated_batching.py`).
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raygym.batched_generations import BatchedGenerations
+from raygym.batching_config import BatchingConfig
 from raygym.engine_clock import EngineClock
+from raygym.latency_profile import MeasuredLatency
+from raygym.simulated_batching import ContinuousBatching
+from raygym.simulated_faults import EngineLife, SimulatedFault, garbage
 from raygym.types import EngineLoad, Float32Array, Generation, Int32Array, Sampling
 from raygym.weights import model_checksum, tensor_checksum
 
@@ -28,24 +34,64 @@ class SimulatedConfig(BaseModel):
     """Mean time of a generation, whatever its length."""
     latency_sigma: float = Field(default=0.0, ge=0, le=4)
     """0: every generation takes the mean. Above: log-normal with that mean, and this deviation of the logarithm."""
+    measured: MeasuredLatency | None = None
+    """In place of the two above, times that were measured: a mapping, or the path of a YAML file with it."""
+    batching: BatchingConfig | None = None
+    """In place of all above, continuous batching: a mapping, or the path of a YAML file with it."""
     hang_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of generations that never end, chosen as the failing ones are."""
     error_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of generations that fail, chosen by the same deterministic hash."""
+    slow_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of generations that arrive late, chosen likewise."""
+    slow_factor: float = Field(default=10.0, ge=1, allow_inf_nan=False)
+    """A late one takes so many times its time. With `batching`, the rest of it is spent outside of the batch."""
+    garbage_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of generations that cannot be used, chosen likewise: no tokens, a token ID below 0, or a NaN logprob."""
+    die_after_turns: int | None = Field(default=None, ge=1)
+    """The engine dies at this generation of its own: all that it was asked fails, and it is unhealthy from then on."""
+    deaths: int | None = Field(default=1, ge=1)
+    """So many engines of a run die in all, and their successors live; null: each engine dies, also a successor."""
     max_model_len: int = Field(default=4096, ge=2)
     max_token_id: int = Field(default=255, ge=1)
     """Sampled token IDs lie in [0, max_token_id]."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> SimulatedConfig:
+        drawn = [key for key in ("turn_latency_s", "latency_sigma") if getattr(self, key)]
+        if self.measured is not None and drawn:
+            raise ValueError(f"{drawn[0]}: has no meaning beside measured, which says what turns take; remove one")
+        if self.batching is not None and (drawn or self.measured is not None):
+            key = drawn[0] if drawn else "measured"
+            raise ValueError(f"{key}: has no meaning beside batching, which says what turns take; remove one")
+        if self.batching is not None:
+            self._check_room(self.batching)
+        return self
 
-class SimulatedFault(RuntimeError):
-    """An injected fault of the simulated engine."""
+    def _check_room(self, batching: BatchingConfig) -> None:
+        room = batching.kv_blocks * batching.block_size
+        if room < self.max_model_len:
+            raise ValueError(
+                f"batching.kv_blocks: {batching.kv_blocks} blocks of {batching.block_size} tokens hold {room}, but one "
+                f"request may have max_model_len {self.max_model_len}; expected at least as many"
+            )
+        if not batching.chunked_prefill and batching.max_num_batched_tokens < self.max_model_len:
+            raise ValueError(
+                f"batching.max_num_batched_tokens: {batching.max_num_batched_tokens} is less than max_model_len "
+                f"{self.max_model_len}; without chunked_prefill a prompt has to fit into one step"
+            )
 
 
 class SimulatedEngine:
     """An `Engine` whose generations are hashes."""
 
     def __init__(
-        self, config: SimulatedConfig, stop_token_ids: Sequence[int], model_dir: str = "", model: str = "simulated"
+        self,
+        config: SimulatedConfig,
+        stop_token_ids: Sequence[int],
+        model_dir: str = "",
+        model: str = "simulated",
+        may_die: Callable[[], bool] = lambda: True,
     ) -> None:
         """Ready at once.
 
@@ -54,6 +100,7 @@ class SimulatedEngine:
             stop_token_ids: the first ends generations.
             model_dir: the policy's files, of which the HTTP API reads the tokenizer.
             model: what HTTP clients call the model.
+            may_die: asked when `die_after_turns` is reached, whether one of the `deaths` is left.
         """
         self._config = config
         self._model_dir = model_dir
@@ -61,47 +108,75 @@ class SimulatedEngine:
         self._stop_token_id = stop_token_ids[0]
         self._clock = EngineClock()
         self._generating = 0
+        self._batched = BatchedGenerations(config.batching) if config.batching else None
+        self._life = EngineLife(config.die_after_turns, may_die) if config.die_after_turns else None
         self.weight_version = 0
         self.weights_checksum = ""
 
+    @property
+    def batch(self) -> ContinuousBatching | None:
+        """With `batching`: what runs and waits, preemptions, use of the KV cache, prefix hits."""
+        return self._batched.batch if self._batched else None
+
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
-        """Tokens at equal intervals over `turn_latency_s`, in which pauses do not count; half of the time a stop token.
+        """Tokens after the time that the config says, in which pauses do not count; half of the time a stop token.
 
         All of it is a function of prompt, seed and the version that it began with; a token that a later version made
         is one of that version, too.
+
+        Raises:
+            SimulatedFault: `error_rate`.
+            EngineError: `die_after_turns`.
         """
         self._generating += 1
         try:
-            return await self._generate(prompt_token_ids, sampling)
+            if self._life is None:
+                return await self._generate(prompt_token_ids, sampling)
+            return await self._life.run(self._generate(prompt_token_ids, sampling))
         finally:
             self._generating -= 1
 
     async def _generate(self, prompt_token_ids: Int32Array, sampling: Sampling) -> Generation:
+        config = self._config
         await self._clock.wait_running()
         started, first_version = self._clock.now(), self.weight_version
         rng = generator(prompt_token_ids, sampling.seed, self.weight_version)
-        latency_s = draw_latency_s(self._config, rng)
-        fails, hangs = rng.random() < self._config.error_rate, rng.random() < self._config.hang_rate
-        room = max(1, min(sampling.max_tokens, self._config.max_model_len - len(prompt_token_ids)))
+        latency_s = draw_latency_s(config, rng)
+        fails, hangs = rng.random() < config.error_rate, rng.random() < config.hang_rate
+        room = max(1, min(sampling.max_tokens, config.max_model_len - len(prompt_token_ids)))
         length = int(rng.integers(1, room + 1))
         token_ids = self._token_ids(rng, length)
         stopped = length < room or bool(rng.random() < 0.5)
-        if hangs:
-            await asyncio.Event().wait()
-        if latency_s:
-            await self._clock.sleep(latency_s)
-        if fails:
-            raise SimulatedFault("simulated engine: injected error (policy.simulated.error_rate)")
-        logprobs = _logprobs(rng, length)
-        versions = self._clock.versions(started, latency_s, length)
-        if versions[-1] != first_version:
-            for version in np.unique(versions[versions != first_version]):
-                made, rng = versions == version, generator(prompt_token_ids, sampling.seed, int(version))
-                token_ids[made] = self._token_ids(rng, length)[made]
-                logprobs[made] = _logprobs(rng, length)[made]
         if stopped:
             token_ids[-1] = self._stop_token_id
-        return Generation(token_ids, logprobs, versions, "stop" if stopped else "length")
+        logprobs = _logprobs(rng, length)
+        # Drawn last, so that these faults change no tokens.
+        slow = config.slow_rate and rng.random() < config.slow_rate
+        unusable = config.garbage_rate and rng.random() < config.garbage_rate
+        if hangs:
+            await asyncio.Event().wait()
+        if self._batched is not None:
+            versions = np.full(length, first_version, np.int32)
+            for count, version in (await self._batched.run(prompt_token_ids, token_ids)).changes:
+                versions[count:] = version
+            if slow:
+                await self._clock.sleep((config.slow_factor - 1) * (self._clock.time() - started.seconds))
+        else:
+            latency_s *= config.slow_factor if slow else 1.0
+            if latency_s:
+                await self._clock.sleep(latency_s)
+            versions = self._clock.versions(started, latency_s, length)
+        if fails:
+            raise SimulatedFault("simulated engine: injected error (policy.simulated.error_rate)")
+        if versions[-1] != first_version:
+            for version in np.unique(versions[versions != first_version]):
+                made, own_rng = versions == version, generator(prompt_token_ids, sampling.seed, int(version))
+                token_ids[made] = self._token_ids(own_rng, length)[made]
+                logprobs[made] = _logprobs(own_rng, length)[made]
+            if stopped:
+                token_ids[-1] = self._stop_token_id
+        generation = Generation(token_ids, logprobs, versions, "stop" if stopped else "length")
+        return garbage(generation, rng) if unusable else generation
 
     def _token_ids(self, rng: np.random.Generator, length: int) -> Int32Array:
         return rng.integers(0, self._config.max_token_id + 1, length).astype(np.int32)
@@ -109,24 +184,34 @@ class SimulatedEngine:
     async def pause(self) -> None:
         """Time stands still for what runs, and new generations wait, until `resume`."""
         self._clock.pause()
+        if self._batched is not None:
+            self._batched.pause()
 
     async def resume(self) -> None:
         """Time goes on."""
         self._clock.resume()
+        if self._batched is not None:
+            self._batched.resume()
 
     async def load_weights(self, path: str, version: int) -> str:
-        """Read the file as an engine would and keep only its checksum."""
+        """Read the file as an engine would and keep only its checksum. The KV cache goes with the old weights."""
         self.weights_checksum = await asyncio.to_thread(_file_checksum, path)
         self.weight_version = version
         self._clock.changed(version)
+        if self._batched is not None:
+            self._batched.change_weights(version)
         return self.weights_checksum
 
     def load(self) -> EngineLoad:
-        """All that it was asked for runs: without a limit of its batch, nothing ever waits."""
-        return EngineLoad(self._generating, 0)
+        """Without `batching` all that it was asked for runs, and nothing ever waits."""
+        if (batch := self.batch) is None:
+            return EngineLoad(self._generating, 0)
+        return EngineLoad(batch.running, batch.waiting, batch.preemptions, batch.kv_usage)
 
     async def check_health(self) -> None:
-        """Always healthy."""
+        """Raises EngineError once it died (`die_after_turns`)."""
+        if self._life is not None:
+            self._life.check()
 
     async def asgi_app(self) -> Any:
         """The OpenAI API over these generations."""
@@ -149,7 +234,9 @@ def generator(prompt_token_ids: Int32Array, seed: int | None, weight_version: in
 
 
 def draw_latency_s(config: SimulatedConfig, rng: np.random.Generator) -> float:
-    """How long one generation takes: what its `generator` draws first."""
+    """How long one generation takes by itself: what its `generator` draws first. 0 with `batching`."""
+    if config.measured is not None:
+        return config.measured.at(rng.random())
     mean_s, sigma = config.turn_latency_s, config.latency_sigma
     # The mean of a log-normal is exp(mu + sigma^2 / 2).
     return mean_s * float(np.exp(sigma * rng.standard_normal() - sigma**2 / 2)) if sigma else mean_s

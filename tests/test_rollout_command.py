@@ -77,3 +77,16 @@ def test_killed_then_interrupted_then_finished_has_every_task_once(tmp_path: Pat
     assert summary["failures"].get("engine_error", 0) > 0
     assert set(summary["pass_at"]) == {"1", "2", "3"}
     assert f"{len(played)} episodes" in printed
+
+
+@only_long  # Serve takes a quarter of a minute to replace a replica
+def test_a_dead_engine_is_replaced_and_costs_no_task(tmp_path: Path) -> None:
+    changes = ["policy.replicas=2", "policy.simulated.die_after_turns=40", "policy.simulated.error_rate=0"]
+    with start(tmp_path / "out", *changes) as rollout:
+        _, error = rollout.communicate(timeout=200)
+    assert rollout.returncode == 0, error
+    played = [(record["task"], record["episode"]) for record in written(tmp_path / "out")]
+    assert sorted(played) == [(task, e) for task in range(40) for e in range(3)]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["dropped_tasks"] == 0
+    assert set(summary["failures"]) <= {"engine_lost", "engine_error"} and summary["failures"]
