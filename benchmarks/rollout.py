@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from harness import report
 from harness.handle_round_trip import handle_round_trip_s
-from harness.ideal import makespan_s, steady_s
+from harness.ideal import lock_step_s, makespan_s, steady_s, whole_batches_s
+from harness.peer_policies import OVERLAPPING, peer_scheduler
 from harness.rollout_stack import Measured, rollout_stack
 
 from raygym.simulate import SimulatedConfig, draw_latency_s, generator
@@ -74,6 +77,64 @@ def heavy_tail(repetitions: int, places: int = 1024) -> dict[str, list[float]]:
             add(samples, {"efficiency_heavy_tail": ideal_s / seconds, "dropped_groups_heavy_tail": dropped})
             add(samples, {"episodes_per_s_heavy_tail": len(played) / seconds})
     return samples
+
+
+def peers(repetitions: int, mean_s: float = 0.5, places: int = 64, spread: int = 0, name: str = "") -> dict[str, Any]:
+    """Ours beside the policies of `harness.peer_policies`, on the same tasks with the same drawn latencies.
+
+    Episodes per second, which were delivered in a step's batch. A step is as many episodes as there are places. Ours is
+    the RolloutManager with steps that overlap. All times of the workload and of the policies are a share of what they
+    stand for (`mean_s` of a turn of 2 s), top-up's second included.
+    """
+    samples: dict[str, list[float]] = {}
+    simulated = {"turn_latency_s": mean_s, "latency_sigma": 1.0}
+    config = SimulatedConfig(**{"max_model_len": 8192, **simulated})
+    rollout = {"groups_per_step": places // 4, "group_size": 4, "max_concurrent": places}
+    rollout |= {"max_staleness": 1, "order": "completion"}
+    # The first steps fill the pipeline; synchronous policies have none, and need none.
+    warm_up, in_one = 2, {"ours": 3, "lock_step": 1, "whole_batch": 2, "top_up": 3, "threads": 3}
+    rates: dict[str, list[float]] = {}
+
+    def take(policy: str, steps: Sequence[tuple[Sequence[Trajectory], float]]) -> None:
+        for start in range(len(steps) - in_one[policy] * repetitions, len(steps), in_one[policy]):
+            taken = steps[start : start + in_one[policy]]
+            drawn = [[latencies_s(config, t) for t in played] for played, _ in taken]
+            seconds = sum(seconds for _, seconds in taken)
+            durations = [[sum(turns) for turns in batch] for batch in drawn]
+            ideal_s = steady_s([s for batch in durations for s in batch], places)
+            rates.setdefault(policy, []).append(sum(map(len, durations)) / seconds)
+            add(samples, {f"episodes_per_s_{policy}{name}": rates[policy][-1]})
+            add(samples, {f"efficiency_{policy}{name}": ideal_s / seconds})
+            # What the policy itself allows: near 1, or it was not carried out well.
+            if policy == "lock_step":
+                add(samples, {f"of_its_own_schedule_{policy}{name}": lock_step_s(drawn) / seconds})
+            if policy == "whole_batch":
+                add(samples, {f"of_its_own_schedule_{policy}{name}": whole_batches_s(durations) / seconds})
+
+    total = warm_up + in_one["ours"] * repetitions
+    with rollout_stack(simulated, rollout, turns=TURNS, spread=spread, steps=total + 3) as stack:
+        steps = []
+        before = time.perf_counter()
+        for _ in range(total):
+            played = trajectories(stack.collect())
+            now = time.perf_counter()
+            steps.append((played, now - before))
+            before = now
+        take("ours", steps)
+    with peer_scheduler(simulated, rollout, turns=TURNS, spread=spread) as play:
+        for policy in ("top_up", "threads", "whole_batch", "lock_step"):
+            warm = 0 if policy == "lock_step" else warm_up if policy in OVERLAPPING else 1
+            played_steps = play(policy, warm + in_one[policy] * repetitions, wake_s=mean_s / 2)
+            take(policy, [([t for g in step.groups for t in g.trajectories], step.seconds) for step in played_steps])
+    for policy, key in (("lock_step", "lockstep"), ("top_up",) * 2, ("whole_batch",) * 2, ("threads",) * 2):
+        ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates[policy], strict=True)]
+        samples[f"speedup_over_{key}{name}"] = ratios
+    return samples
+
+
+def peers_varying(repetitions: int) -> dict[str, list[float]]:
+    """The same where each task has its own number of turns, 1 to 9."""
+    return peers(repetitions, spread=TURNS - 1, name="_varying")
 
 
 def overhead(repetitions: int) -> dict[str, list[float]]:
@@ -140,6 +201,8 @@ MEASUREMENTS = {
     "64": efficiency_64,
     "1024": efficiency_1024,
     "heavy_tail": heavy_tail,
+    "peers": peers,
+    "peers_varying": peers_varying,
     "overhead": overhead,
     "saturation": saturation,
 }
