@@ -21,15 +21,15 @@ the same `max_staleness` as ours, by our own `Scheduler`: `top_up` asks it once 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 
+from harness.episodes import Episodes, Step
 from harness.lock_step import LockStep
 from harness.rollout_stack import IMPORTS, MAX_TOKENS, environment, limits, policy_server, rollout_config
 from raygym.actors.env_runner import EnvRunner
@@ -39,22 +39,13 @@ from raygym.config import EnvConfig
 from raygym.episode import EpisodeLimits
 from raygym.schedule import Assignment, Scheduler, SchedulerOptions
 from raygym.tasks import TaskCursor
-from raygym.types import Generation, Group, Int32Array, Sampling, Trajectory
+from raygym.types import Generation, Int32Array, Sampling, Trajectory
 
 OVERLAPPING = ("top_up", "threads")
 POLICIES = ("lock_step", "whole_batch", *OVERLAPPING)
 _PLAY_TIMEOUT_S = 1800
-Play = Callable[..., Sequence["Step"]]
+Play = Callable[..., Sequence[Step]]
 """Plays so many steps by a policy: `play(policy, steps, wake_s)`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step's batch."""
-
-    groups: tuple[Group, ...]
-    seconds: float
-    """Since the step before."""
 
 
 class PeerScheduler:
@@ -89,7 +80,7 @@ class PeerScheduler:
         self._blocking.loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(options.max_concurrent)
         episode = {"lock_step": self._in_lock_step, "threads": self._in_thread}.get(policy, self._alone)
-        episodes = _Episodes(scheduler, episode, wake_s if policy == "top_up" else 0.0)
+        episodes = Episodes(scheduler, episode, wake_s if policy == "top_up" else 0.0)
         try:
             return [await episodes.step(number) for number in range(collected)]
         finally:
@@ -116,69 +107,6 @@ class PeerScheduler:
             return asyncio.run(_run(self._thread_runner, assignment))
 
         return asyncio.get_running_loop().run_in_executor(self._threads, blocking)
-
-
-class _Episodes:
-    """Starts what the scheduler gives out, at once or whenever it wakes up."""
-
-    def __init__(
-        self, scheduler: Scheduler, episode: Callable[[Assignment], Awaitable[Trajectory]], wake_s: float
-    ) -> None:
-        self._scheduler = scheduler
-        self._episode = episode
-        self._wake_s = wake_s
-        self._playing: set[asyncio.Task[None]] = set()
-        self._waking: asyncio.Task[None] | None = None
-        self._ending = False
-        self._changed = asyncio.Event()
-        self._error: Exception | None = None
-        self._stepped_s = time.perf_counter()
-
-    async def step(self, number: int) -> Step:
-        """Serve the version of this number, and wait for the groups of its step."""
-        self._scheduler.set_version(number)
-        if not self._wake_s:
-            self._fill()
-        elif self._waking is None:
-            self._waking = asyncio.create_task(self._keep_waking())
-        while (collected := self._scheduler.collect_step(number)) is None:
-            self._changed.clear()
-            await self._changed.wait()
-            if self._error is not None:
-                raise self._error
-        before, self._stepped_s = self._stepped_s, time.perf_counter()
-        return Step(collected.groups, self._stepped_s - before)
-
-    async def end(self, *, cancel: bool) -> None:
-        """No episode starts any more; wait for those that play, or cancel them."""
-        self._ending = True
-        tasks = {*self._playing, *({self._waking} if self._waking else ())}
-        if cancel:
-            for task in tasks:
-                task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _fill(self) -> None:
-        if self._ending:
-            return
-        for assignment in self._scheduler.start():
-            task = asyncio.ensure_future(self._play(assignment, self._episode(assignment)))
-            self._playing.add(task)
-            task.add_done_callback(self._playing.discard)
-
-    async def _play(self, assignment: Assignment, episode: Awaitable[Trajectory]) -> None:
-        try:
-            self._scheduler.finish(assignment, await episode)
-            if not self._wake_s:
-                self._fill()
-        except Exception as error:  # whoever waits for the step is told
-            self._error = error
-        self._changed.set()
-
-    async def _keep_waking(self) -> None:
-        while True:
-            self._fill()
-            await asyncio.sleep(self._wake_s)
 
 
 class _BlockingTurns:
