@@ -35,7 +35,7 @@ from raygym.nemo_gym.interpreter import VERSION, find_interpreter
 
 TURNS = 5
 LATENCY_S = 0.1
-EPISODES = {1: 16, 16: 128, 64: 384}
+EPISODES = {1: 8, 16: 96, 64: 384, 256: 1024}
 """By episodes at once: how many to play in one batch."""
 
 
