@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from harness import report
 from harness.handle_round_trip import handle_round_trip_s
-from harness.ideal import makespan_s, steady_s
+from harness.ideal import lock_step_s, makespan_s, steady_s, whole_batches_s
+from harness.peer_policies import OVERLAPPING, peer_scheduler
 from harness.rollout_stack import APP, Measured, rollout_stack
 from harness.watched import Watch
 
@@ -76,6 +79,79 @@ def heavy_tail(repetitions: int, places: int = 1024) -> dict[str, list[float]]:
             add(samples, {"efficiency_heavy_tail": ideal_s / seconds, "dropped_groups_heavy_tail": dropped})
             add(samples, {"episodes_per_s_heavy_tail": len(played) / seconds})
     return samples
+
+
+def peers(
+    repetitions: int,
+    *,
+    mean_s: float = 0.25,
+    places: int = 64,
+    spread: int = 0,
+    staleness: int = 1,
+    policies: Sequence[str] = ("top_up", "threads", "whole_batch", "lock_step"),
+    name: str = "",
+) -> dict[str, Any]:
+    """Ours beside the policies of `harness.peer_policies`, on the same order of tasks with the same drawn latencies.
+
+    Episodes a second that were delivered in a step's batch, which has as many as there are places. Ours is the
+    RolloutManager with steps that overlap and no over-sampling. All times are the same share of what they stand for:
+    `mean_s` of a turn of 2 s, half of it for top-up's second. The `of_its_own_schedule` of a policy is the time that
+    it would take if nothing but the engine took any, over what it took: far below 1, it would not be carried out well.
+    """
+    samples: dict[str, list[float]] = {}
+    simulated = {"turn_latency_s": mean_s, "latency_sigma": 1.0}
+    config = SimulatedConfig(**{"max_model_len": 8192, **simulated})
+    rollout = {"groups_per_step": places // 4, "group_size": 4, "max_concurrent": places}
+    rollout |= {"max_staleness": staleness, "order": "completion"}
+    # Steps of one repetition, and before the first: overlapping ones fill their pipeline.
+    in_one = {"lock_step": 1, "whole_batch": 2}
+    warm_up = {"lock_step": 0, "whole_batch": 1}
+    rates: dict[str, list[float]] = {}
+
+    def steps_of(policy: str) -> int:
+        return warm_up.get(policy, staleness + 1) + in_one.get(policy, 5) * repetitions
+
+    def take(policy: str, steps: Sequence[tuple[list[Trajectory], float]]) -> None:
+        size = in_one.get(policy, 5)
+        for start in range(len(steps) - size * repetitions, len(steps), size):
+            taken = steps[start : start + size]
+            drawn = [[latencies_s(config, t) for t in played] for played, _ in taken]
+            durations = [[sum(turns) for turns in batch] for batch in drawn]
+            seconds = sum(seconds for _, seconds in taken)
+            delivered = [s for batch in durations for s in batch]
+            rates.setdefault(policy, []).append(len(delivered) / seconds)
+            add(samples, {f"episodes_per_s_{policy}{name}": len(delivered) / seconds})
+            add(samples, {f"efficiency_{policy}{name}": steady_s(delivered, places) / seconds})
+            own_s = {"lock_step": lock_step_s(drawn), "whole_batch": whole_batches_s(durations)}
+            if policy in own_s:
+                add(samples, {f"of_its_own_schedule_{policy}{name}": own_s[policy] / seconds})
+
+    with rollout_stack(simulated, rollout, turns=TURNS, spread=spread, steps=steps_of("ours") + 3) as stack:
+        steps, before = [], time.perf_counter()
+        for _ in range(steps_of("ours")):
+            played = trajectories(stack.collect())
+            now = time.perf_counter()
+            steps.append((played, now - before))
+            before = now
+        take("ours", steps)
+    with peer_scheduler(simulated, rollout, turns=TURNS, spread=spread) as play:
+        for policy in policies:
+            played_steps = play(policy, steps_of(policy), wake_s=mean_s / 2)
+            take(policy, [([t for g in step.groups for t in g.trajectories], step.seconds) for step in played_steps])
+    for policy in policies:
+        ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates[policy], strict=True)]
+        samples[f"speedup_over_{policy.replace('lock_step', 'lockstep')}{name}"] = ratios
+    return samples
+
+
+def peers_varying(repetitions: int) -> dict[str, list[float]]:
+    """The same where each task has its own number of turns, 1 to 9."""
+    return peers(repetitions, spread=TURNS - 1, name="_varying")
+
+
+def peers_stale(repetitions: int) -> dict[str, list[float]]:
+    """The overlapping ones with a bound of staleness that holds up nobody: places are what is short."""
+    return peers(repetitions, staleness=4, policies=OVERLAPPING, name="_stale")
 
 
 def overhead(repetitions: int) -> dict[str, list[float]]:
@@ -192,6 +268,9 @@ MEASUREMENTS = {
     "64": efficiency_64,
     "1024": efficiency_1024,
     "heavy_tail": heavy_tail,
+    "peers": peers,
+    "peers_varying": peers_varying,
+    "peers_stale": peers_stale,
     "overhead": overhead,
     "saturation": saturation,
     "10000": scale,

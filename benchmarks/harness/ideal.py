@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import zip_longest
 
 
 def makespan_s(durations: Sequence[float], places: int) -> float:
@@ -21,3 +22,17 @@ def steady_s(durations: Sequence[float], places: int) -> float:
     that it counts against whoever started it.
     """
     return sum(durations) / places
+
+
+def lock_step_s(batches: Sequence[Sequence[Sequence[float]]]) -> float:
+    """Seconds for batches of episodes in lock-step: each turn takes as long as the slowest that is still in play.
+
+    Args:
+        batches: of each batch, of each episode, the seconds of its turns.
+    """
+    return sum(sum(map(max, zip_longest(*episodes, fillvalue=0.0))) for episodes in batches)
+
+
+def whole_batches_s(batches: Sequence[Sequence[float]]) -> float:
+    """Seconds for batches, given as durations of their episodes, when one begins after the slowest of the last."""
+    return sum(map(max, batches))

@@ -28,7 +28,7 @@ from raygym.types import Sampling
 APP = "rollout-benchmark"
 # Where this package is, for the runners to import the environment from, and the raygym beside it.
 _FOLDER = Path(__file__).resolve().parent.parent
-_IMPORTS = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_FOLDER), str(_FOLDER.parent)])}}
+IMPORTS = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_FOLDER), str(_FOLDER.parent)])}}
 MAX_TOKENS = 16
 ENV = "fixed"
 
@@ -45,14 +45,66 @@ class Measured:
 
 @contextmanager
 def rollout_stack(
-    simulated: dict[str, Any], rollout: dict[str, Any], *, turns: int = 5, steps: int = 2
+    simulated: dict[str, Any], rollout: dict[str, Any], *, turns: int = 5, spread: int = 0, steps: int = 2
 ) -> Iterator[Stack]:
-    """Everything started and warm; ended afterwards."""
-    config = RolloutConfig(max_tokens_per_turn=MAX_TOKENS, turn_timeout_s=600, episode_timeout_s=3600, **rollout)
+    """Everything started and warm; ended afterwards.
+
+    Args:
+        simulated: `policy.simulated` of a run config.
+        rollout: its `rollout`.
+        turns: of an episode; with `spread`, of the mean one.
+        spread: see `FixedTurns`.
+        steps: of the run.
+    """
+    config = rollout_config(rollout)
+    env = environment(turns, spread)
+    with policy_server(simulated) as (model_dir, app):
+        runners = [
+            start_env_runner(
+                [env],
+                model_dir,
+                limits(config, turns + spread),
+                0,
+                deployment=DEPLOYMENT,
+                app=app,
+                max_concurrent=config.max_concurrent,
+                runtime_env=IMPORTS,
+            )
+            for _ in range(config.env_runners)
+        ]
+        manager = start_manager(config, [env], 0, steps, 0.0, runners, policy=(DEPLOYMENT, app))
+        ray.get([runner.ping.remote() for runner in runners], timeout=120)
+        yield Stack(manager, runners)
+
+
+@contextmanager
+def policy_server(simulated: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """A Ray cluster with one replica of the simulated engine: the policy's files and the Serve application."""
     policy = PolicyConfig(model="tiny", engine="simulated", simulated={"max_model_len": 8192, **simulated})
     model_dir = str(resolve_policy("tiny"))
-    env = EnvConfig(id="harness.fixed_turns:FixedTurns", name=ENV, kwargs={"turns": turns}, max_turns=turns)
-    limits = EpisodeLimits(
+    cluster.connect()
+    try:
+        serving.deploy(APP, policy, model_dir, cluster.http_port(policy.http))
+        yield model_dir, serving.app_name(APP)
+    finally:
+        serving.undeploy(APP)
+        cluster.disconnect()
+
+
+def rollout_config(rollout: dict[str, Any]) -> RolloutConfig:
+    """`rollout` of a run config, with deadlines that no benchmark reaches."""
+    return RolloutConfig(max_tokens_per_turn=MAX_TOKENS, turn_timeout_s=600, episode_timeout_s=3600, **rollout)
+
+
+def environment(turns: int, spread: int = 0) -> EnvConfig:
+    """`FixedTurns` as an environment of a run."""
+    kwargs = {"turns": turns, "spread": spread}
+    return EnvConfig(id="harness.fixed_turns:FixedTurns", name=ENV, kwargs=kwargs, max_turns=turns + spread)
+
+
+def limits(config: RolloutConfig, turns: int) -> EpisodeLimits:
+    """What an episode of at most `turns` turns may use."""
+    return EpisodeLimits(
         max_turns=turns,
         max_tokens_per_turn=MAX_TOKENS,
         max_model_len=8192,
@@ -60,29 +112,6 @@ def rollout_stack(
         step_timeout_s=config.step_timeout_s,
         episode_timeout_s=config.episode_timeout_s,
     )
-    cluster.connect()
-    try:
-        serving.deploy(APP, policy, model_dir, cluster.http_port(policy.http))
-        runners = [
-            start_env_runner(
-                [env],
-                model_dir,
-                limits,
-                0,
-                deployment=DEPLOYMENT,
-                app=serving.app_name(APP),
-                max_concurrent=config.max_concurrent,
-                runtime_env=_IMPORTS,
-            )
-            for _ in range(config.env_runners)
-        ]
-        policy_at = (DEPLOYMENT, serving.app_name(APP))
-        manager = start_manager(config, [env], 0, steps, 0.0, runners, policy=policy_at)
-        ray.get([runner.ping.remote() for runner in runners], timeout=120)
-        yield Stack(manager, runners)
-    finally:
-        serving.undeploy(APP)
-        cluster.disconnect()
 
 
 class Stack:
