@@ -301,6 +301,6 @@ def _deadline_s(config: RolloutConfig, env: EnvConfig) -> float:
     return (rounds + 1) * config.episode_timeout_s + _RUNNER_MARGIN_S
 
 
-async def _exchange(runner: ActorHandle[Any], *args: Any) -> Finished:
+async def _exchange(runner: Any, *args: Any) -> Finished:
     finished: Finished = await asyncio.wrap_future(runner.exchange.remote(*args).future())
     return finished

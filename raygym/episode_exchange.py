@@ -99,7 +99,7 @@ class EpisodeServer:
         for request in begin:
             task = self._playing[request.number] = asyncio.ensure_future(self._play(client, request))
             # Not by the task itself: one that is cancelled before its first step never runs.
-            task.add_done_callback(lambda task, number=request.number: self._ended(number, task))
+            task.add_done_callback(partial(self._ended, request.number))
         for number in cancelled:
             if number in self._playing:
                 self._playing[number].cancel()

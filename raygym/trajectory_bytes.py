@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Callable
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
@@ -22,13 +24,22 @@ _ARRAYS: dict[str, Any] = {
     "weight_versions": np.int32,
     "loss_mask": np.bool_,
 }
-_PARTS = {"task": Task, "sampling": Sampling}
+_PARTS: dict[str, Any] = {"task": Task, "sampling": Sampling}
 _PLAIN = [
-    name for name in Trajectory.__slots__ if name not in {*_ARRAYS, *_PARTS, "turns", "status", "failure", "packed"}
+    field.name
+    for field in fields(Trajectory)
+    if field.init and field.name not in {*_ARRAYS, *_PARTS, "turns", "status", "failure"}
 ]
-_plain = attrgetter(*_PLAIN)
-_turn = attrgetter(*Turn.__slots__)
-_parts = {name: attrgetter(*part.__slots__) for name, part in _PARTS.items()}
+
+
+def _values_of(cls: Any) -> Callable[[Any], tuple[Any, ...]]:
+    values: Callable[[Any], tuple[Any, ...]] = attrgetter(*(field.name for field in fields(cls)))
+    return values
+
+
+_plain: Callable[[Any], tuple[Any, ...]] = attrgetter(*_PLAIN)
+_turn = _values_of(Turn)
+_parts = {name: _values_of(part) for name, part in _PARTS.items()}
 
 
 def pack(trajectory: Trajectory) -> bytes:
@@ -49,18 +60,15 @@ def pack(trajectory: Trajectory) -> bytes:
 def unpack(packed: bytes) -> Trajectory:
     """What was packed; its arrays cannot be written to."""
     (length,), at = _HEADER.unpack_from(packed), _HEADER.size
-    arrays = {}
+    values: dict[str, Any] = {}
     for name, dtype in _ARRAYS.items():
-        arrays[name] = np.frombuffer(packed, dtype, length, at)
-        at += arrays[name].nbytes
+        array = values[name] = np.frombuffer(packed, dtype, length, at)
+        at += array.nbytes
     plain, parts, turns, status, failure = pickle.loads(memoryview(packed)[at:])
-    trajectory = Trajectory(
-        **arrays,
-        **dict(zip(_PLAIN, plain, strict=True)),
-        **{name: part(*values) for (name, part), values in zip(_PARTS.items(), parts, strict=True)},
-        turns=tuple(Turn(*turn) for turn in turns),
-        status=EpisodeStatus(status),
-        failure=failure and FailureKind(failure),
-    )
+    values |= zip(_PLAIN, plain, strict=True)
+    values |= {name: part(*given) for (name, part), given in zip(_PARTS.items(), parts, strict=True)}
+    values["turns"] = tuple(Turn(*turn) for turn in turns)
+    values["status"], values["failure"] = EpisodeStatus(status), failure and FailureKind(failure)
+    trajectory = Trajectory(**values)
     object.__setattr__(trajectory, "packed", packed)
     return trajectory

@@ -6,7 +6,7 @@ import pickle
 from dataclasses import fields, replace
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygym.trajectory_bytes import pack, unpack
@@ -56,24 +56,28 @@ def assert_same(left: Trajectory, right: Trajectory) -> None:
             assert ours == theirs, name
 
 
+@settings(max_examples=25)
 @given(trajectories())
 def test_every_field_comes_back(trajectory: Trajectory) -> None:
     assert_same(trajectory, unpack(pack(trajectory)))
     assert_same(trajectory, pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(trajectory)))))
 
 
+@settings(max_examples=25)
 @given(trajectories())
 def test_a_changed_copy_has_its_own_bytes(trajectory: Trajectory) -> None:
     changed = replace(unpack(pack(trajectory)), group_id="another")
     assert pickle.loads(pickle.dumps(changed)).group_id == "another"
 
 
+@settings(max_examples=25)
 @given(trajectories())
 def test_what_came_as_bytes_leaves_as_the_same_bytes(trajectory: Trajectory) -> None:
     packed = pack(trajectory)
     assert pack(unpack(packed)) is packed
 
 
+@settings(max_examples=25)
 @given(trajectories())
 def test_its_arrays_cannot_be_written_to(trajectory: Trajectory) -> None:
     assert not any(getattr(unpack(pack(trajectory)), name).flags.writeable for name in ("token_ids", "loss_mask"))
