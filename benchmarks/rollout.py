@@ -44,7 +44,7 @@ def main() -> None:
 
 def efficiency_64(repetitions: int) -> dict[str, list[float]]:
     """64 episodes at once, 100 ms a turn."""
-    return efficiency("64", {"turn_latency_s": 0.1}, 64, 512, repetitions)
+    return efficiency("64", {"turn_latency_s": 0.1}, 64, 1280, repetitions)
 
 
 def efficiency_1024(repetitions: int) -> dict[str, list[float]]:
@@ -170,9 +170,30 @@ def overhead(repetitions: int) -> dict[str, list[float]]:
 
 
 def saturation(repetitions: int) -> dict[str, list[float]]:
-    """An engine of no latency: turns a second, and processor time by process."""
+    """An engine of no latency: turns a second, and processor time by process; on one core, and on all.
+
+    What one more core buys is read off the steps from one to two, and off the process that is the first to be full.
+    """
     samples: dict[str, list[float]] = {}
-    rollout = {"groups_per_step": 256, "group_size": 4, "max_concurrent": 256}
+    cores = sorted(os.sched_getaffinity(0))
+    for used, runners in ((1, 1), (len(cores), 1), (len(cores), 2)):
+        # Processes that are started from here on have the same cores.
+        os.sched_setaffinity(0, cores[:used])
+        try:
+            measured = saturated(repetitions, runners)
+        finally:
+            os.sched_setaffinity(0, cores)
+        name = f"_{used}_cores_{runners}_runners"
+        samples |= {f"{key}{name}": values for key, values in measured.items()}
+        if (used, runners) == (len(cores), 1):
+            samples |= measured
+    return samples
+
+
+def saturated(repetitions: int, runners: int) -> dict[str, list[float]]:
+    """256 episodes at once on an engine of no latency."""
+    samples: dict[str, list[float]] = {}
+    rollout = {"groups_per_step": 256, "group_size": 4, "max_concurrent": 256, "env_runners": runners}
     with rollout_stack({}, rollout, turns=TURNS, steps=repetitions + 1) as stack:
         stack.collect()
         for _ in range(repetitions):
@@ -181,6 +202,8 @@ def saturation(repetitions: int) -> dict[str, list[float]]:
             add(samples, {"saturation_turns_per_s": turns / measured.seconds})
             add(samples, {"episodes_per_s": len(trajectories(measured)) / measured.seconds})
             add(samples, {f"cpu_ms_per_turn_{kind}": s / turns * 1000 for kind, s in measured.cpu_s.items()})
+            busy = {f"cores_of_{kind}": s / measured.seconds for kind, s in measured.cpu_s.items()}
+            add(samples, busy)
     return samples
 
 
