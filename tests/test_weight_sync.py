@@ -306,6 +306,7 @@ class TestTurnsInFlight:
         sync = WeightSync(config, cast("LearnerGroup", files), engines.handle, 1)
         sync.connect()
         with in_flight(engines, 8, 200, {"seed": 1}) as (turns, chat):
+            time.sleep(0.5)  # a quarter of their tokens
             published = sync.publish(engines.version + 1)
             answers = [turn.result(timeout_s=60) for turn in turns]
             over_http = chat.result()
