@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -105,13 +106,13 @@ def two_tiny(ray_cluster: None) -> Iterator[Engines]:
 def one_tiny(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """One replica of `tiny` whose files recommend a sampling of their own, as many published models do.
 
-    Its batch has two places, so that requests queue.
+    Its batch has six places, so that eight requests queue.
     """
     directory = tmp_path_factory.mktemp("tiny")
     shutil.copytree(resolve_policy("tiny"), directory, dirs_exist_ok=True)
     path = directory / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.01, "top_k": 1, "do_sample": True}))
-    yield from deployed("tiny", 1, "one-tiny", str(directory), vllm={"max_num_seqs": 2})
+    yield from deployed("tiny", 1, "one-tiny", str(directory), vllm={"max_num_seqs": 6})
 
 
 @pytest.fixture
@@ -142,6 +143,7 @@ def in_flight(
 ) -> Iterator[tuple[list[Any], Future[list[int]]]]:
     """While it is entered, turns run in the engine and, in a session over HTTP, one chat: its tokens' versions."""
     session = engines.post("/sessions", {})["id"]
+    streaming = threading.Event()
 
     def chat() -> list[int]:
         messages = [{"role": "user", "content": "hi"}]
@@ -149,6 +151,9 @@ def in_flight(
         url = engines.url(f"/sessions/{session}/v1/chat/completions")
         asked = urllib.request.Request(url, data, {"content-type": "application/json"})
         with urllib.request.urlopen(asked, timeout=60) as answer:
+            for _ in range(8 if body.get("stream") else 0):
+                answer.readline()  # some tokens, each with an empty line after it
+            streaming.set()
             answer.read()
         with urllib.request.urlopen(engines.url(f"/sessions/{session}"), timeout=30) as answer:
             segment = json.load(answer)["segments"][0]
@@ -163,6 +168,8 @@ def in_flight(
         deadline = time.monotonic() + 30
         while engines.running() < turns + 1:
             assert time.monotonic() < deadline, "the turns did not begin"
+        if body.get("stream"):
+            assert streaming.wait(30), "the chat did not begin"
         yield asked, chatting
 
 
@@ -345,8 +352,8 @@ class TestOneReplica:
             return loads, (await ask.load.remote())[1]
 
         loads, after = asyncio.run(loads_of_eight())
-        assert max(load.running for load in loads) == 2
-        assert max(load.waiting for load in loads) == 6
+        assert max(load.running for load in loads) == 6
+        assert max(load.waiting for load in loads) == 2
         assert 0 < max(load.kv_cache_usage for load in loads) < 1
         assert after == EngineLoad(0, 0), "no preemption and no weight sync is in it"
 
