@@ -2,17 +2,18 @@
 
 They are policies, not those packages: everything but the decision what runs when is ours, and the same for all
 (`EnvRunner.run_episode`, the stream of turns to the PolicyServer), so a ratio says what the decision is worth and
-nothing about anybody's code. Read in public sources in 2026:
+nothing about anybody's code. Several of them have other modes as well. Read in their public repositories:
 
 - `lock_step`: NeMo RL's `run_multi_turn_rollout`. All episodes of a batch do a turn together: the whole batch is
   generated, then all environments step, then comes the next turn of those that have not ended.
-- `whole_batch`: verl's agent loop and SkyRL's generator. Episodes of a batch go on by themselves; the next batch begins
-  when the slowest has ended.
-- `top_up`: slime's fully asynchronous example. A loop wakes up each second and starts as many as have ended meanwhile.
-  slime counts a place for each group and knows no bound of staleness; here each episode has its place, which is the
-  better of the two, and the bound is that of ours.
-- `threads`: an agent as a blocking program, which many tools assume: one process, one thread for each place, where
-  everything blocks. A thread takes the next episode as soon as it has none.
+- `whole_batch`: verl's `AgentLoopWorker.generate_sequences`, SkyRL's `SkyRLGymGenerator.generate`, NeMo RL's
+  `run_async_multi_turn_rollout`. Episodes of a batch go on by themselves; all are waited for.
+- `top_up`: slime's `fully_async_rollout.py` example. A loop wakes up each second and starts as many as have ended
+  meanwhile. slime counts a place for each group and knows no bound of staleness; here each episode has its place, which
+  is the better of the two, and the bound is that of ours.
+- `threads`: nobody's in particular. One process, one thread for each place, where everything blocks; a thread takes
+  the next episode as soon as it has none. (SkyRL has threads for environments only.) The turn itself is not a blocking
+  HTTP call, as it would be in such a program, but ours: that is in its favour.
 
 The first two are synchronous by nature: a step's episodes are all of its own version. The other two overlap steps under
 the same `max_staleness` as ours, by our own `Scheduler`: `top_up` asks it once a second where ours asks at once.
