@@ -9,7 +9,7 @@ from typing import Any
 
 from ray import serve
 
-from raygym.actors.serve_failures import ask_replicas
+from raygym.actors.serve_failures import replicas_that_answer
 from raygym.concurrency import AdaptiveConcurrency
 from raygym.types import EngineLoad
 
@@ -76,5 +76,4 @@ class ConcurrencyLoop:
     async def _ask(self) -> dict[str, EngineLoad]:
         if self._handle is None:
             self._handle = serve.get_deployment_handle(self._deployment, self._app)
-        late = "the PolicyServer's replicas did not tell their load"
-        return dict(await ask_replicas(self._handle, "load", _ANSWER_TIMEOUT_S, late))
+        return dict(await replicas_that_answer(self._handle, "load", _ANSWER_TIMEOUT_S))

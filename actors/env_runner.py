@@ -125,7 +125,9 @@ class EnvRunner:
         running = asyncio.current_task()
         assert running is not None
         self._episodes[running] = attempt
-        place = self._places.held(places)
+        # Now, not when it asks for its place, which may be minutes later: another number can have come by then.
+        self._places.resize(places)
+        place = self._places.held()
         try:
             if config.nemo_gym is not None and config.nemo_gym.mode == "agent":
                 async with place:
@@ -187,7 +189,8 @@ class EnvRunner:
         """
         self._first_attempt = attempt
         for episode, number in self._episodes.items():
-            if number < attempt:
+            # Once: a second one would cut off the closing of its environment.
+            if number < attempt and not episode.cancelling():
                 episode.cancel()
 
     @asynccontextmanager

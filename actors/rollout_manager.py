@@ -32,6 +32,7 @@ _RUNNER_MARGIN_S = 30.0
 # Episodes handed to the runners beyond those that may run, as a share: one that ends makes room for one that is there
 # already, instead of leaving its place empty for the way to the manager and back.
 _AHEAD = 0.25
+_ON_THEIR_WAY_S = 0.05
 
 
 class RolloutManager:
@@ -94,7 +95,7 @@ class RolloutManager:
         self._supervisor: RunnerSupervisor | None = None
         self._generation = state.restarts
         self._clients: list[EpisodeClient] = []
-        self._calls: dict[Assignment, asyncio.Task[None]] = {}
+        self._calls: dict[Assignment, asyncio.Task[Trajectory | EpisodeFailure]] = {}
         self._changed = asyncio.Event()
         self._stopped: RolloutStopped | None = None
         self._lag = LoopLag()
@@ -197,7 +198,7 @@ class RolloutManager:
             places = self._scheduler.max_concurrent + self._scheduler.ahead
             started += stream.start(places - self._scheduler.running - stream.running)
         for assignment in started:
-            self._calls[assignment] = asyncio.create_task(self._run(assignment))
+            self._begin(assignment)
         if (expires_s := self._scheduler.next_expiry()) is not None:
             wait_s = max(0.0, expires_s - time.monotonic())
             self._alarm = asyncio.get_running_loop().call_later(wait_s, self._expired)
@@ -217,10 +218,14 @@ class RolloutManager:
         """Another limit than before: for what is handed out, and for what the runners have waiting already."""
         self._set_limit(limit)
         if self._supervisor is not None:
-            for runner in self._runners:
-                # Nobody waits for the answers: one that is down learns it with its next episode.
-                runner.resize.remote(self._places())
+            # After the episodes that are on their way with the number from before.
+            asyncio.get_running_loop().call_later(_ON_THEIR_WAY_S, self._resize_runners)
         self._fill()
+
+    def _resize_runners(self) -> None:
+        for runner in self._runners:
+            # Nobody waits for the answers: one that is down learns it with its next episode.
+            runner.resize.remote(self._places())
 
     def _places(self) -> int:
         """Episodes that may run in each runner."""
@@ -231,16 +236,23 @@ class RolloutManager:
         self._stopped = stop
         self._changed.set()
 
-    async def _run(self, assignment: Assignment) -> None:
-        try:
-            outcome = await self._call(assignment)
-        except asyncio.CancelledError:
+    def _begin(self, assignment: Assignment) -> None:
+        call = self._calls[assignment] = asyncio.create_task(self._call(assignment))
+        # Not by the task itself: one that is cancelled before its first step never runs, and would keep its place.
+        call.add_done_callback(partial(self._ended, assignment))
+
+    def _ended(self, assignment: Assignment, call: asyncio.Task[Trajectory | EpisodeFailure]) -> None:
+        del self._calls[assignment]
+        outcome: Trajectory | EpisodeFailure
+        if call.cancelled():
             outcome = EpisodeFailure(FailureKind.CANCELLED, "its group was given up")
-        except RunnersLost as error:
+        elif isinstance(error := call.exception(), RunnersLost):
             self._stop(RolloutStopped(str(error)))
             return
-        finally:
-            del self._calls[assignment]
+        elif error is not None:
+            outcome = EpisodeFailure(FailureKind.ENV_LOST, f"its call failed: {type(error).__name__}: {error}")
+        else:
+            outcome = call.result()
         if self._control is not None:
             turns = outcome.turns if isinstance(outcome, Trajectory) else ()
             self._control.episode_ended(len(turns), sum(turn.generate_s + turn.env_s for turn in turns))
@@ -295,10 +307,14 @@ def start_manager(*args: Any, actor_options: Mapping[str, Any] | None = None, **
 
 def _deadline_s(config: RolloutConfig, env: EnvConfig) -> float:
     """Of the call to a runner: the last resort, for an episode that its runner has forgotten."""
-    # Where each instance has a process, episodes wait in the runner for one that is free.
-    rounds = math.ceil(config.max_concurrent / (env.processes or 1)) if env.isolation == "actor" else 1
-    # One more round for what is handed out ahead.
-    return (rounds + 1) * config.episode_timeout_s + _RUNNER_MARGIN_S
+    longest_s = config.episode_timeout_s
+    reset_s = min(env.step_timeout_s or config.step_timeout_s, longest_s)
+    if env.isolation == "shared":
+        # It waits for a place, as what is handed out ahead does, and is then played.
+        return reset_s + 2 * longest_s + _RUNNER_MARGIN_S
+    # Each instance has a process: episodes wait in the runner for one that is free, and hold it while they wait.
+    rounds = math.ceil(config.max_concurrent / (env.processes or 1)) + 1
+    return rounds * (reset_s + 2 * longest_s) + _RUNNER_MARGIN_S
 
 
 async def _exchange(runner: Any, *args: Any) -> Finished:

@@ -179,7 +179,8 @@ def saturation(repetitions: int) -> dict[str, list[float]]:
     """
     samples: dict[str, list[float]] = {}
     cores = sorted(os.sched_getaffinity(0))
-    for used, runners in ((1, 1), (len(cores), 1), (len(cores), 2)):
+    all_cores = len(cores)
+    for used, runners in sorted({(1, 1), (min(2, all_cores), 1), (all_cores, 1), (all_cores, 2)}):
         # Processes that are started from here on have the same cores.
         os.sched_setaffinity(0, cores[:used])
         try:
@@ -188,7 +189,7 @@ def saturation(repetitions: int) -> dict[str, list[float]]:
             os.sched_setaffinity(0, cores)
         name = f"_{used}_cores_{runners}_runners"
         samples |= {f"{key}{name}": values for key, values in measured.items()}
-        if (used, runners) == (len(cores), 1):
+        if (used, runners) == (all_cores, 1):
             samples |= measured
     return samples
 

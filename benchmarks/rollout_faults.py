@@ -53,6 +53,9 @@ CONFIG = RolloutConfig(
     turn_timeout_s=5,
     step_timeout_s=2,
     episode_timeout_s=30,
+    # For a while there may be no replica at all, and what is asked is whether everything comes back then.
+    max_failures_in_a_row=10_000,
+    max_replaced_groups=1_000,
 )
 FAULTY = {"raise_rate": 0.04, "hang_rate": 0.01, "lost_tasks": 0.01, "hang_s": 8.0}
 _APP = "rollout-faults"

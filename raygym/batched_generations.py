@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from raygym.batching_config import BatchingConfig
 from raygym.simulated_batching import BatchedRequest, ContinuousBatching
@@ -17,11 +18,22 @@ class BatchedGenerations:
         self.batch = ContinuousBatching(config)
         """For its counters."""
         self._requests: dict[BatchedRequest, asyncio.Future[None]] = {}
+        self._redrawn: dict[BatchedRequest, Callable[[int], Int32Array]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due_s: float | None = None
 
-    async def run(self, prompt_token_ids: Int32Array, generated_token_ids: Int32Array) -> BatchedRequest:
+    async def run(
+        self,
+        prompt_token_ids: Int32Array,
+        generated_token_ids: Int32Array,
+        redrawn: Callable[[int], Int32Array],
+    ) -> BatchedRequest:
         """Return when the last token is made. Cancelling it frees its place at once.
+
+        Args:
+            prompt_token_ids: P tokens.
+            generated_token_ids: N tokens, as the weights of now make them.
+            redrawn: all N as another version makes them; its share of them takes the place of those above.
 
         Raises:
             ValueError: the generation would never fit.
@@ -29,10 +41,12 @@ class BatchedGenerations:
         loop = asyncio.get_running_loop()
         request = self.batch.submit(loop.time(), prompt_token_ids, generated_token_ids)
         future = self._requests[request] = loop.create_future()
+        self._redrawn[request] = redrawn
         self._set_timer(loop)
         try:
             await future
         finally:
+            del self._redrawn[request]
             if self._requests.pop(request, None) is not None:
                 self.batch.cancel(loop.time(), request)
                 self._set_timer(loop)
@@ -53,6 +67,9 @@ class BatchedGenerations:
     def change_weights(self, version: int) -> None:
         """Tokens that are made from now on are of this version, and nothing that is cached can be used for them."""
         loop = asyncio.get_running_loop()
+        for request in self._requests:
+            made = self.batch.made(loop.time(), request)
+            request.token_ids[request.prompt_tokens + made :] = self._redrawn[request](version)[made:]
         self.batch.change_weights(loop.time(), version)
         self._set_timer(loop)
 

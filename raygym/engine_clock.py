@@ -9,6 +9,10 @@ import numpy as np
 
 from raygym.types import Int32Array
 
+# Of uvloop, on which Ray's actors run: its clock stands still for so long, and its timers do not know of less. Whoever
+# slept for the rest of a millisecond would only keep the loop busy.
+_RESOLUTION_S = 1e-3
+
 
 class Moment(NamedTuple):
     """A time of an `EngineClock`."""
@@ -60,9 +64,11 @@ class EngineClock:
         """Until so many seconds have passed on this clock."""
         ends = self.time() + seconds
         # Timers do not know of pauses: one that fires during or after a pause finds that some of its time is left.
-        while (left := ends - self.time()) > 0:
+        left = seconds
+        while left > _RESOLUTION_S:
             await asyncio.sleep(left)
             await self.wait_running()
+            left = ends - self.time()
 
     def changed(self, version: int) -> None:
         """From now on these weights are in use."""

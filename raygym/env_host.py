@@ -146,7 +146,7 @@ class EnvHost:
         messages = parse_reset(await result if inspect.isawaitable(result) else result)
         assert self._env is not None
         self.tools = env_tools(self._env)
-        if inspect.iscoroutinefunction(self._env.step) and _closes_nothing(self._env):
+        if not self._stuck and inspect.iscoroutinefunction(self._env.step) and _closes_nothing(self._env):
             # Nothing of it will run in a thread any more, and thousands of idle ones are no small thing.
             self._worker.leave()
             self._worker = _Worker()
@@ -155,6 +155,8 @@ class EnvHost:
     def _construct_and_reset(self, task: Task) -> Any:
         # In one call: each one waits for the thread, and the event loop for its answer. A coroutine's body runs later.
         self._env = self._make()
+        if self._stuck:
+            raise RuntimeError("it was given up while it was being made")
         return self._env.reset(seed=task.seed, options={"split": task.split})
 
     def _close_late(self) -> None:

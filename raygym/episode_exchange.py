@@ -102,7 +102,7 @@ class EpisodeServer:
             task.add_done_callback(partial(self._ended, request.number))
         for number in cancelled:
             if number in self._playing:
-                self._playing[number].cancel()
+                _cancel(self._playing[number])
         if not wait_s:
             return []
         self._waits += 1
@@ -120,7 +120,7 @@ class EpisodeServer:
 
     def _take_over(self, client: Client) -> None:
         for task in self._playing.values():
-            task.cancel()
+            _cancel(task)
         self._client, self._playing, self._finished = client, {}, []
         self._news.set()
 
@@ -209,7 +209,7 @@ class EpisodeClient:
         for number, outcome in finished:
             future = self._futures.pop(number, None)
             if future is not None and not future.done():
-                future.set_result(pickle.loads(outcome))
+                future.set_result(_read(outcome))
         if self._futures:
             asyncio.get_running_loop().call_later(_NEXT_WITHIN_S, self._send)
 
@@ -230,3 +230,18 @@ def _pickled(outcome: Outcome) -> bytes:
     except Exception as error:  # whatever an environment's own objects raise
         detail = f"its record cannot be sent: {type(error).__name__}: {error}"
         return pickle.dumps(EpisodeFailure(FailureKind.ENV_ERROR, detail))
+
+
+def _read(outcome: bytes) -> Outcome:
+    try:
+        read: Outcome = pickle.loads(outcome)
+    except Exception as error:  # whatever an environment's own objects raise
+        detail = f"its record cannot be read: {type(error).__name__}: {error}"
+        return EpisodeFailure(FailureKind.ENV_ERROR, detail)
+    return read
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    # Once: a second one would cut off the closing of its environment.
+    if not task.cancelling():
+        task.cancel()

@@ -18,17 +18,16 @@ class Places:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
-    async def held(self, limit: int | None) -> AsyncIterator[None]:
+    async def held(self) -> AsyncIterator[None]:
         """`take` at the beginning, `leave` at the end."""
-        await self.take(limit)
+        await self.take()
         try:
             yield
         finally:
             self.leave()
 
-    async def take(self, limit: int | None) -> None:
-        """Wait for a place, of `limit` from now on; None: as many as are asked for."""
-        self.resize(limit)
+    async def take(self) -> None:
+        """Wait for a place."""
         if self._free() and not self._waiting:
             self._taken += 1
             return
@@ -42,7 +41,7 @@ class Places:
             raise
 
     def resize(self, limit: int | None) -> None:
-        """So many places from now on; who has one keeps it."""
+        """So many places from now on, None: as many as are asked for. Who has one keeps it."""
         self._limit = limit
         self._wake()
 

@@ -150,6 +150,18 @@ class SimulatedEngine:
         if stopped:
             token_ids[-1] = self._stop_token_id
         logprobs = _logprobs(rng, length)
+
+        def drawn(version: int) -> tuple[Int32Array, Float32Array]:
+            """As another version makes them; those that it does make are taken."""
+            own_rng = generator(prompt_token_ids, sampling.seed, version)
+            tokens = self._token_ids(own_rng, length)
+            if stopped:
+                tokens[-1] = self._stop_token_id
+            return tokens, _logprobs(own_rng, length)
+
+        def redrawn(version: int) -> Int32Array:
+            return drawn(version)[0]
+
         # Drawn last, so that these faults change no tokens.
         slow = config.slow_rate and rng.random() < config.slow_rate
         unusable = config.garbage_rate and rng.random() < config.garbage_rate
@@ -157,7 +169,8 @@ class SimulatedEngine:
             await asyncio.Event().wait()
         if self._batched is not None:
             versions = np.full(length, first_version, np.int32)
-            for count, version in (await self._batched.run(prompt_token_ids, token_ids)).changes:
+            request = await self._batched.run(prompt_token_ids, token_ids, redrawn)
+            for count, version in request.changes:
                 versions[count:] = version
             if slow:
                 await self._clock.sleep((config.slow_factor - 1) * (self._clock.time() - started.seconds))
@@ -170,11 +183,8 @@ class SimulatedEngine:
             raise SimulatedFault("simulated engine: injected error (policy.simulated.error_rate)")
         if versions[-1] != first_version:
             for version in np.unique(versions[versions != first_version]):
-                made, own_rng = versions == version, generator(prompt_token_ids, sampling.seed, int(version))
-                token_ids[made] = self._token_ids(own_rng, length)[made]
-                logprobs[made] = _logprobs(own_rng, length)[made]
-            if stopped:
-                token_ids[-1] = self._stop_token_id
+                made, (tokens, probabilities) = versions == version, drawn(int(version))
+                token_ids[made], logprobs[made] = tokens[made], probabilities[made]
         generation = Generation(token_ids, logprobs, versions, "stop" if stopped else "length")
         return garbage(generation, rng) if unusable else generation
 
@@ -206,7 +216,7 @@ class SimulatedEngine:
         """Without `batching` all that it was asked for runs, and nothing ever waits."""
         if (batch := self.batch) is None:
             return EngineLoad(self._generating, 0)
-        return EngineLoad(batch.running, batch.waiting, batch.preemptions, batch.kv_usage)
+        return EngineLoad(batch.running, batch.waiting - batch.frozen, batch.preemptions, batch.kv_usage)
 
     async def check_health(self) -> None:
         """Raises EngineError once it died (`die_after_turns`)."""

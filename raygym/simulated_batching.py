@@ -46,6 +46,8 @@ class BatchedRequest:
     _hashes: list[int] = field(default_factory=list)
     _shared: list[int] = field(default_factory=list)
     _was_admitted: bool = False
+    _put_back: bool = False
+    """New weights took it out of the batch, and it is not in again."""
 
     @property
     def length(self) -> int:
@@ -128,6 +130,11 @@ class ContinuousBatching:
         return len(self._waiting)
 
     @property
+    def frozen(self) -> int:
+        """Of those that wait, how many new weights took out of the batch: they say nothing of too many requests."""
+        return sum(request._put_back for request in self._waiting)
+
+    @property
     def kv_usage(self) -> float:
         """Share of the KV blocks that running requests hold, 0 to 1."""
         return self._kv.used / self._kv.blocks
@@ -184,6 +191,7 @@ class ContinuousBatching:
         for request in reversed(list(self._running)):
             self._leave(request, keep=False)
             self._waiting.appendleft(request)
+            request._put_back = True
         self._steps = None
         for request in self._waiting:
             request.changes.append((request._made, version))
@@ -387,6 +395,7 @@ class ContinuousBatching:
             if missing + self._kv.cost(found) > self._kv.available or (not cfg.chunked_prefill and left > budget):
                 break
             self._waiting.popleft()
+            request._put_back = False
             self._running[request] = None
             self._kv.share(found)
             self._kv.take(missing)

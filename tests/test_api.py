@@ -17,7 +17,9 @@ from raygym.api.gated import Gated
 from raygym.api.sampling import SamplingProfile
 from raygym.api.sessions import SessionStore
 from raygym.api.simulated import SimulatedApi
+from raygym.engine import EngineError
 from raygym.in_flight import InFlight
+from raygym.simulated_faults import SimulatedFault
 from raygym.types import Generation, Int32Array, Sampling
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent / "templates").glob("*.jinja"))
@@ -401,3 +403,16 @@ class TestAWeightUpdate:
         answer = await server.post("/v1/chat/completions", {"messages": [ASK]})
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "engine_lost" and "disk" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(SimulatedFault("injected"), 500), (EngineError("died"), 503)])
+async def test_a_fault_of_the_engine_is_no_fault_of_the_client(smollm2: Any, error: Exception, status: int) -> None:
+    server = Server(smollm2)
+
+    async def fails(*_: Any) -> Any:
+        raise error
+
+    server.api._generate = fails
+    answer = await server.post("/v1/chat/completions", {"messages": [ASK]})
+    assert answer.status_code == status
+    assert str(error) in answer.json()["error"]["message"]

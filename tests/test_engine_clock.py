@@ -136,3 +136,24 @@ async def test_a_turn_of_no_latency_is_of_the_version_that_is_served(tmp_path: P
     assert not asked.done()
     await engine.resume()
     assert set((await asked).weight_versions.tolist()) == {7}
+
+
+def test_on_a_clock_of_whole_milliseconds_it_sleeps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As uvloop's, on which Ray's actors run: the rest of a millisecond would be slept through by spinning."""
+    sleeps: list[float] = []
+    sleep = asyncio.sleep
+
+    async def counted(seconds: float) -> None:
+        sleeps.append(seconds)
+        await sleep(seconds)
+
+    async def main() -> None:
+        loop, clock = asyncio.get_running_loop(), EngineClock()
+        exact = loop.time
+        monkeypatch.setattr(loop, "time", lambda: int(exact() * 1000) / 1000)
+        monkeypatch.setattr(asyncio, "sleep", counted)
+        for _ in range(5):
+            await clock.sleep(0.0103)
+
+    asyncio.run(main())
+    assert len(sleeps) <= 10, "one each, and another where the loop woke up a millisecond early"

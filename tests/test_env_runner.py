@@ -291,14 +291,14 @@ async def test_loads_that_cannot_be_had_change_nothing_and_are_asked_again(monke
         EpisodeFailure(FailureKind.ENGINE_LOST, "gone"),
     ]
 
-    async def ask(handle, method, timeout_s, late):
+    async def ask(handle, method, timeout_s):
         assert method == "load" and timeout_s > 0
         answer = answers.pop(0) if answers else await asyncio.Event().wait()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(concurrency_loop, "ask_replicas", ask)
+    monkeypatch.setattr(concurrency_loop, "replicas_that_answer", ask)
     monkeypatch.setattr(concurrency_loop, "_EVERY_S", 0.0)
     monkeypatch.setattr(concurrency_loop.serve, "get_deployment_handle", lambda deployment, app: None)
     seconds, limits = itertools.count(0.0, 10.0), list[int]()

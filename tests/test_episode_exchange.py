@@ -207,3 +207,50 @@ def test_in_any_order_every_episode_has_one_outcome(events: str, rng: Any) -> No
         await last
 
     asyncio.run(play())
+
+
+class Unreadable:
+    """Can be sent, but not read."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return int, ("no number",)
+
+
+async def test_a_record_that_cannot_be_read_fails_alone() -> None:
+    class Odd(Runner):
+        async def run(self, asked: EpisodeRequest) -> Trajectory:
+            trajectory = await super().run(asked)
+            if asked.episode == 0:
+                trajectory.metrics["odd"] = Unreadable()  # type: ignore[assignment]
+            return trajectory
+
+    runner = Odd()
+    client = runner.client()
+    episodes = [asked(client, episode) for episode in range(3)]
+    await asyncio.sleep(0.01)
+    for future in runner.playing.values():
+        future.set_result(1.0)
+    first, *others = await asyncio.wait_for(asyncio.gather(*episodes), 5)
+    assert isinstance(first, EpisodeFailure) and first.kind is FailureKind.ENV_ERROR and "cannot be read" in str(first)
+    assert [outcome.reward for outcome in others] == [1.0, 1.0]
+
+
+async def test_who_is_cancelled_twice_closes_in_peace() -> None:
+    closed = asyncio.Event()
+
+    async def run(request: EpisodeRequest) -> Trajectory:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            closed.set()
+        raise AssertionError
+
+    server = EpisodeServer(run)
+    request = EpisodeRequest(1, Task(0, "a", 3), "g", 0, 0, Sampling(), 8)
+    await server.exchange(Client(0), [request], [], 0.0)
+    await asyncio.sleep(0)
+    await server.exchange(server._client, [], [1], 0.0)
+    await asyncio.sleep(0.01)
+    await server.exchange(Client(1), [], [], 0.0)
+    await asyncio.wait_for(closed.wait(), 1)

@@ -18,24 +18,27 @@ async def settle() -> None:
 
 async def test_a_place_given_at_the_moment_of_giving_up_is_not_lost() -> None:
     places = Places()
-    await places.take(1)
-    waiting = asyncio.ensure_future(places.take(1))
+    places.resize(1)
+    await places.take()
+    waiting = asyncio.ensure_future(places.take())
     await settle()
     places.leave()
     waiting.cancel()
     await settle()
-    await asyncio.wait_for(places.take(1), 1)
+    await asyncio.wait_for(places.take(), 1)
 
 
 async def test_a_lower_limit_holds_for_who_comes_next_and_a_higher_one_lets_in_who_waits() -> None:
     places = Places()
     for _ in range(2):
-        await places.take(2)
-    waiting = asyncio.ensure_future(places.take(1))
+        await places.take()
+    places.resize(1)
+    waiting = asyncio.ensure_future(places.take())
     places.leave()
     await settle()
     assert not waiting.done()
-    last = asyncio.ensure_future(places.take(3))
+    places.resize(3)
+    last = asyncio.ensure_future(places.take())
     await settle()
     assert waiting.done() and last.done()
 
@@ -46,9 +49,9 @@ def test_any_order_keeps_the_limit_and_the_queue(events: list[tuple[str, int]], 
     async def play() -> None:
         places, asked, inside, entered = Places(), list[asyncio.Task[None]](), 0, list[int]()
 
-        async def enter(number: int, limit: int) -> None:
+        async def enter(number: int) -> None:
             nonlocal inside
-            await places.take(limit)
+            await places.take()
             entered.append(number)
             inside += 1
 
@@ -57,7 +60,8 @@ def test_any_order_keeps_the_limit_and_the_queue(events: list[tuple[str, int]], 
             before, known = inside, len(entered)
             if event == "t":
                 limit = size
-                asked.append(asyncio.ensure_future(enter(len(asked), limit)))
+                places.resize(limit)
+                asked.append(asyncio.ensure_future(enter(len(asked))))
             elif event == "l" and inside:
                 inside -= 1
                 before = inside

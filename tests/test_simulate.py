@@ -21,7 +21,7 @@ from raygym.engine_options import check_engine_options
 from raygym.latency_profile import MeasuredLatency
 from raygym.simulate import SimulatedConfig, SimulatedEngine, draw_latency_s, generator
 from raygym.simulated_faults import SimulatedFault
-from raygym.types import EpisodeStatus, FailureKind, Generation, Int32Array, Sampling, Trajectory
+from raygym.types import EngineLoad, EpisodeStatus, FailureKind, Generation, Int32Array, Sampling, Trajectory
 
 BATCHING = {"step_s": 0.01, "max_num_seqs": 4}
 
@@ -115,6 +115,29 @@ class TestBatching:
         assert length > 4
         assert generation.weight_versions.tolist() == [0] * 3 + [4] * (length - 3)
         assert ended_s == pytest.approx(13.5 + length - 3)
+
+    def test_what_new_weights_put_back_is_no_queue_and_history_is_still_cached(self, tmp_path: Path) -> None:
+        save_file({"a": torch.zeros(1)}, tmp_path / "v.safetensors")
+
+        async def main() -> tuple[EngineLoad, int, int]:
+            simulated = engine(batching={"step_s": 1.0, "block_size": 4, "chunked_prefill": False})
+            turn = asyncio.ensure_future(ask(simulated, seed=3, max_tokens=50))
+            await asyncio.sleep(3.5)
+            await simulated.pause()
+            await simulated.load_weights(str(tmp_path / "v.safetensors"), 4)
+            load = simulated.load()
+            await simulated.resume()
+            generation = await turn
+            history = np.concatenate([np.arange(20, dtype=np.int32), generation.token_ids, np.ones(4, np.int32)])
+            assert set(generation.weight_versions.tolist()) == {0, 4}
+            assert simulated.batch is not None
+            before = simulated.batch.prefix_hit_tokens
+            await simulated.generate(history, Sampling(1.0, 4, 0), "r")
+            return load, simulated.batch.prefix_hit_tokens - before, len(history)
+
+        load, hits, length = virtually(main)
+        assert (load.running, load.waiting) == (0, 0)
+        assert length - 4 - 4 <= hits < length, "all whole blocks of the history"
 
 
 class TestMeasuredTimes:

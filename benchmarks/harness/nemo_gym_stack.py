@@ -86,7 +86,7 @@ class NemoGym:
         with log.open("wb") as file, _process(command, self._folder, file) as collector:
             roots.append(collector.pid)
             try:
-                seconds = self._policy.seconds(_COLLECT_TIMEOUT_S)
+                seconds = self._policy.seconds(_COLLECT_TIMEOUT_S, lambda: collector.poll() is None)
                 if collector.wait(_COLLECT_TIMEOUT_S):
                     raise RuntimeError(f"NeMo Gym's collector failed; see {log}:\n{_tail(log)}")
             except TimeoutError as error:

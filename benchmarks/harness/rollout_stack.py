@@ -134,8 +134,8 @@ class Stack:
 
     def collect(self, timeout_s: float = 1200) -> Measured:
         """The next step's groups."""
-        ray.get(self._manager.set_version.remote(self._step), timeout=60)
         before, started = _cpu_s(), time.perf_counter()
+        ray.get(self._manager.set_version.remote(self._step), timeout=60)  # episodes of the step begin now
         collected: Collected = ray.get(self._manager.collect.remote(self._step), timeout=timeout_s)
         seconds = time.perf_counter() - started
         after = _cpu_s()

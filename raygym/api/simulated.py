@@ -17,6 +17,8 @@ from starlette.routing import Route
 from raygym.api.call import Call, current_call
 from raygym.api.errors import ApiError
 from raygym.chat import ChatRenderer, TemplateError
+from raygym.engine import EngineError
+from raygym.simulated_faults import SimulatedFault
 from raygym.types import Generation, Int32Array, Sampling
 
 Generate = Callable[[Int32Array, Sampling, str], Awaitable[Generation]]
@@ -137,7 +139,13 @@ class SimulatedApi:
         if seed is not None and type(seed) is not int:
             raise ApiError(400, f"seed: expected an integer, found {seed!r}", "seed")
         room = max(1, min(asked, self._max_model_len - len(prompt)))
-        generation = await self._generate(prompt, Sampling(float(temperature), room, seed), uuid.uuid4().hex)
+        call.reached_engine = True
+        try:
+            generation = await self._generate(prompt, Sampling(float(temperature), room, seed), uuid.uuid4().hex)
+        except SimulatedFault as error:
+            raise ApiError(500, str(error), code="engine_error") from error
+        except EngineError as error:
+            raise ApiError(503, str(error), code="engine_lost") from error
         call.replace(generation)
         return generation, str(self._tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True))
 
