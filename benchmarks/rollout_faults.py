@@ -50,7 +50,8 @@ CONFIG = RolloutConfig(
     max_concurrent=64,
     max_tokens_per_turn=MAX_TOKENS,
     env_runners=2,
-    turn_timeout_s=5,
+    # Four attempts must outlast a time without any engine: the faults may fall together.
+    turn_timeout_s=10,
     step_timeout_s=2,
     episode_timeout_s=30,
     # For a while there may be no replica at all, and what is asked is whether everything comes back then.
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a quarter of the episodes")
     parser.add_argument("--seed", type=int, default=0, help="draws the moments and victims of the faults")
     options = parser.parse_args()
-    steps, hung_s = (3, 10.0) if options.quick else (12, 40.0)
+    steps, hung_s = (3, 10.0) if options.quick else (12, 30.0)
     plain = run(steps, {}, [], options.seed)
     faults = draw_faults(options.seed, plain.seconds, hung_s)
     faulty = run(steps, FAULTY, faults, options.seed)

@@ -173,8 +173,9 @@ class RolloutConfig(Section):
     """Fresh attempts at one failed episode before its group is replaced."""
     retries: dict[str, NonNegativeInt] = {}
     """The same for single kinds of failure, such as `{context_overflow: 0}`."""
-    max_failures_in_a_row: PositiveInt = 256
-    """Failed attempts of one environment, no episode of it finished in between, before the run stops."""
+    max_failures_in_a_row: PositiveInt | None = None
+    """Failed attempts of one environment, no episode of it finished in between, before the run stops. By default 256,
+    or 4 x `max_concurrent` where that is more: a process that dies fails all that it plays at once."""
     max_replaced_groups: NonNegativeInt = 16
     """Groups replaced in a row, without one delivered, before the run stops with the last cause."""
     order: Literal["task", "completion"] = "task"

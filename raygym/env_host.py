@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import gymnasium
 
 from raygym.env import EnvError, StepResult, env_tools, parse_reset, parse_step
+from raygym.memory_limit import allow_stacks
 from raygym.types import EpisodeFailure, FailureKind, Message, Task
 
 logger = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class _Worker:
     def submit(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="raygym-env", daemon=True)
+            allow_stacks(1)
             self._thread.start()
         future = asyncio.get_running_loop().create_future()
         self._calls.put((call, future))
@@ -247,6 +249,7 @@ class _Worker:
             _settle_from_thread(future, result, error)
             # Otherwise the frame keeps the last call's results, and the environment, alive while it waits.
             del item, call, future, result, error
+        allow_stacks(-1)
 
 
 def _settle_from_thread(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

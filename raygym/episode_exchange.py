@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from secrets import token_hex
 
 from raygym.env_host import DeadlineMissed, within
@@ -20,6 +21,9 @@ from raygym.frames import Soon
 from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
 
 Outcome = Trajectory | EpisodeFailure
+# So many begin before the event loop goes on: with thousands at once, each would need a thread for its reset at the
+# same moment, and nothing else would have its turn until all have begun.
+_BEGIN_AT_ONCE = 16
 # Whoever hears of a finished episode begins another a moment later, and both can be in one call.
 _NEXT_WITHIN_S = 0.002
 _WAIT_S = 20.0
@@ -76,6 +80,8 @@ class EpisodeServer:
         self._run = run
         self._client = Client(-1)
         self._waits = 0
+        self._unbegun: dict[int, EpisodeRequest] = {}
+        self._beginning: asyncio.Task[None] | None = None
         self._playing: dict[int, asyncio.Task[None]] = {}
         self._finished: Finished = []
         self._news = asyncio.Event()
@@ -96,13 +102,13 @@ class EpisodeServer:
             if client.generation < self._client.generation:
                 return []  # it was on its way when its sender was lost
             self._take_over(client)
-        for request in begin:
-            task = self._playing[request.number] = asyncio.ensure_future(self._play(client, request))
-            # Not by the task itself: one that is cancelled before its first step never runs.
-            task.add_done_callback(partial(self._ended, request.number))
+        self._unbegun |= {request.number: request for request in begin}
         for number in cancelled:
+            self._unbegun.pop(number, None)
             if number in self._playing:
                 _cancel(self._playing[number])
+        if self._unbegun and (self._beginning is None or self._beginning.done()):
+            self._beginning = asyncio.ensure_future(self._begin())
         if not wait_s:
             return []
         self._waits += 1
@@ -118,10 +124,19 @@ class EpisodeServer:
         finished, self._finished = self._finished, []
         return finished
 
+    async def _begin(self) -> None:
+        while self._unbegun:
+            for number in list(islice(self._unbegun, _BEGIN_AT_ONCE)):
+                request = self._unbegun.pop(number)
+                task = self._playing[number] = asyncio.ensure_future(self._play(self._client, request))
+                # Not by the task itself: one that is cancelled before its first step never runs.
+                task.add_done_callback(partial(self._ended, number))
+            await asyncio.sleep(0)
+
     def _take_over(self, client: Client) -> None:
         for task in self._playing.values():
             _cancel(task)
-        self._client, self._playing, self._finished = client, {}, []
+        self._client, self._unbegun, self._playing, self._finished = client, {}, {}, []
         self._news.set()
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:

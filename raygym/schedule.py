@@ -33,13 +33,18 @@ class SchedulerOptions:
     max_retries: int = 3
     retries: Mapping[str, int] = field(default_factory=dict)
     max_replaced_groups: int = 16
-    max_failures_in_a_row: int = 256
+    max_failures_in_a_row: int | None = None
     order: Literal["task", "completion"] = "task"
     over_sampling: float = 0.0
     extra_episodes: int = 0
     group_deadline_s: float | None = None
     dynamic_sampling: bool = False
     max_uniform_groups: int = 64
+
+    def failure_budget(self) -> FailureBudget:
+        """What may be tried again."""
+        in_a_row = self.max_failures_in_a_row or max(256, 4 * self.max_concurrent)
+        return FailureBudget(self.max_retries, self.retries, in_a_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ class Scheduler:
         self._cursor = cursor
         self._options = options
         self._clock = clock
-        self._budget = FailureBudget(options.max_retries, options.retries, options.max_failures_in_a_row)
+        self._budget = options.failure_budget()
         state = state or SchedulerState()
         assert cursor.state() == state.cursor, (cursor.state(), state.cursor)
         self._restarts = state.restarts

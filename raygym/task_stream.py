@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from raygym.failure_budget import FailureBudget, RolloutStopped, failure_of
+from raygym.failure_budget import RolloutStopped, failure_of
 from raygym.schedule import Assignment, Dropped, SchedulerOptions
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
 
@@ -59,7 +59,7 @@ class TaskStream:
         self._tasks = deque(tasks)
         self._samples = samples
         self._most_waiting = most_waiting
-        self._budget = FailureBudget(options.max_retries, options.retries, options.max_failures_in_a_row)
+        self._budget = options.failure_budget()
         self._max_dropped_in_a_row = options.max_replaced_groups
         self._dropped_in_a_row = 0
         self._open: dict[str, _OpenGroup] = {}

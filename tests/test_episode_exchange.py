@@ -113,6 +113,25 @@ async def test_cancelled_episodes_end_in_the_runner() -> None:
     assert (await second).reward == 1.0 and client.playing == 0
 
 
+async def test_thousands_that_begin_at_once_let_others_have_their_turn() -> None:
+    runner = Runner()
+    client = runner.client()
+    episodes = [asked(client, i) for i in range(2000)]
+    seen = set()
+    while len(runner.playing) < 1000:
+        seen.add(len(runner.playing))
+        await asyncio.sleep(0)
+    assert len(seen) > 10
+    last = episodes[-1]
+    last.cancel()  # it has not begun yet
+    await until(lambda: len(runner.playing) == 1999)
+    assert runner.ended == []
+    for future in runner.playing.values():
+        future.set_result(1.0)
+    assert {t.reward for t in await asyncio.gather(*episodes[:-1])} == {1.0}
+    assert last.cancelled() and client.playing == 0
+
+
 async def test_a_lost_runner_loses_its_episodes_and_takes_new_ones_when_it_is_back() -> None:
     runner = Runner()
     client = runner.client()
@@ -249,7 +268,7 @@ async def test_who_is_cancelled_twice_closes_in_peace() -> None:
     server = EpisodeServer(run)
     request = EpisodeRequest(1, Task(0, "a", 3), "g", 0, 0, Sampling(), 8)
     await server.exchange(Client(0), [request], [], 0.0)
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
     await server.exchange(server._client, [], [1], 0.0)
     await asyncio.sleep(0.01)
     await server.exchange(Client(1), [], [], 0.0)

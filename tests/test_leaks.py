@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -116,6 +120,47 @@ class NativeWithClose(Native):
 
     def close(self):
         assert threading.get_ident() == self.thread
+
+
+def test_stacks_of_idle_threads_are_no_memory() -> None:
+    """Their 8 MiB each would use up a limit of memory by themselves."""
+    program = """
+import asyncio, resource, time
+from raygym.env_host import EnvHost
+from raygym.memory_limit import limit_memory
+from raygym.types import Task
+from raygym.env import ChatEnv
+
+class Plain(ChatEnv):
+    def reset(self, *, seed=None, options=None):
+        return "Go.", {}
+
+    def step(self, action):
+        return "On.", 0.0, True, False, {}
+
+async def main():
+    limit_memory(400)
+    before = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    hosts = [EnvHost(Plain) for _ in range(200)]
+    await asyncio.gather(*(host.reset(Task(0, "x", 3), 30) for host in hosts))
+    try:
+        held = bytearray(450 << 20)
+    except MemoryError:
+        held = bytearray(100 << 20)
+    print(len(held) >> 20)
+    await asyncio.gather(*(host.close() for host in hosts))
+    deadline = time.monotonic() + 10
+    kept = 17 * resource.getrlimit(resource.RLIMIT_STACK)[0]
+    while resource.getrlimit(resource.RLIMIT_DATA)[0] > before + kept and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    print(resource.getrlimit(resource.RLIMIT_DATA)[0] <= before + kept)
+
+asyncio.run(main())
+"""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["100", "True"], done.stderr[-2000:]
 
 
 async def test_environments_whose_turns_are_coroutines_hold_no_thread() -> None:

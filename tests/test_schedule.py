@@ -297,6 +297,17 @@ def test_one_hopeless_environment_of_a_mixture_stops_the_run() -> None:
                 schedule.set_version(version)
 
 
+def test_a_process_that_dies_with_all_that_it_plays_does_not_stop_the_run() -> None:
+    schedule = scheduler(groups_per_step=500, max_concurrent=1000, max_retries=3, steps=1)
+    for _ in range(3):
+        for assignment in schedule.start():
+            schedule.finish(assignment, LOST)
+    for assignment in schedule.start():
+        schedule.finish(assignment, played(assignment))
+    step = schedule.collect_step(0)
+    assert step is not None and step.failures == {"env_lost": 3000} and not step.dropped
+
+
 def test_extra_episodes_let_the_slowest_go_and_replace_the_lost() -> None:
     schedule = scheduler(groups_per_step=1, extra_episodes=2, max_concurrent=4, max_retries=0)
     one, two, three, four = schedule.start()
