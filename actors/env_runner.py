@@ -18,8 +18,8 @@ import ray
 from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
-from raygym.actors.actor_process import settle_process
 from raygym.actors.env_process import EnvProcesses
+from raygym.actors.process import settle_process
 from raygym.actors.served_version import ServedVersion
 from raygym.actors.turn_exchange import TurnExchange
 from raygym.chat import ChatRenderer

@@ -17,8 +17,8 @@ from prometheus_client import generate_latest
 from ray import serve
 from ray.exceptions import RayError
 
-from raygym.actors.actor_process import settle_process
 from raygym.actors.collective import join_group, leave_group
+from raygym.actors.process import settle_process
 from raygym.actors.simulated_deaths import claim_death
 from raygym.actors.weight_receiver import receive_version
 from raygym.api import prometheus

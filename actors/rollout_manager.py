@@ -15,8 +15,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from raygym.actors.actor_process import settle_process
 from raygym.actors.concurrency_loop import ConcurrencyLoop
+from raygym.actors.process import settle_process
 from raygym.actors.runner_supervisor import RunnersLost, RunnerSupervisor, Supervision
 from raygym.concurrency import AdaptiveConcurrency
 from raygym.config import EnvConfig, RolloutConfig

@@ -10,6 +10,7 @@ from typing import Any
 from raygym.actors import cluster, serving
 from raygym.actors.learner_group import LearnerGroup
 from raygym.actors.nemo_gym import NemoGym
+from raygym.actors.process import freeze_past
 from raygym.actors.rollouts import Rollouts
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import RunConfig
@@ -100,6 +101,7 @@ class Session:
             self.learners.wait_ready()
             self._weights = WeightSync(config.sync, self.learners, engines, config.policy.replicas)
             self._weights.connect()
+        freeze_past()
 
     def _stop(self) -> None:
         if self._rollouts is not None:

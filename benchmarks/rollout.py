@@ -44,7 +44,7 @@ def main() -> None:
 
 def efficiency_64(repetitions: int) -> dict[str, list[float]]:
     """64 episodes at once, 100 ms a turn."""
-    return efficiency("64", {"turn_latency_s": 0.1}, 64, 1280, repetitions)
+    return efficiency("64", {"turn_latency_s": 0.1}, 64, 2560, repetitions)
 
 
 def efficiency_1024(repetitions: int) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from harness.watched import processes
 from raygym.actors import cluster, serving
 from raygym.actors.env_runner import start_env_runner
 from raygym.actors.policy_server import DEPLOYMENT
+from raygym.actors.process import freeze_past
 from raygym.actors.rollout_manager import start_manager
 from raygym.config import EnvConfig, PolicyConfig, RolloutConfig
 from raygym.episode import EpisodeLimits
@@ -74,6 +75,7 @@ def rollout_stack(
         ]
         manager = start_manager(config, [env], 0, steps, 0.0, runners, policy=(DEPLOYMENT, app))
         ray.get([runner.ping.remote() for runner in runners], timeout=120)
+        freeze_past()  # as a run's driver does
         yield Stack(manager, runners)
 
 
