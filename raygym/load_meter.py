@@ -10,7 +10,7 @@ class LoadMeter:
 
     A pause for new weights empties the KV cache, so each request of the batch is preempted and waits when the engine
     goes on. That is no want of room: the next preemption that is reported of each such request is not counted, and
-    until then it is not among the waiting ones.
+    until then, or until nothing waits any more, it is not among the waiting ones.
 
     `unfinished` is in all calls what the engine has in hand by its front's own count. Reports come with steps only:
     after the last request was cancelled there is none.
@@ -21,31 +21,38 @@ class LoadMeter:
         self._running: dict[int, int] = {}
         self._waiting: dict[int, int] = {}
         self._kv_cache_usage: dict[int, float] = {}
-        self._preemptions = self._frozen = 0
+        self._preemptions = self._frozen = self._put_back = 0
+        self._goes_on = True
 
     def stepped(self, scheduler: int, running: int, waiting: int, kv_cache_usage: float) -> None:
         """One scheduler's numbers after a step."""
         self._running[scheduler], self._waiting[scheduler] = running, waiting
         self._kv_cache_usage[scheduler] = kv_cache_usage
+        # A report of the last step before a pause may come late.
+        if self._goes_on and not any(self._waiting.values()):
+            self._put_back = 0  # all are in the batch again, or were cancelled
 
     def preempted(self, requests: int) -> None:
         """So many were preempted; told of each when it has its next token."""
         frozen = min(self._frozen, requests)
         self._frozen -= frozen
+        self._put_back = max(0, self._put_back - frozen)
         self._preemptions += requests - frozen
 
     def paused(self, unfinished: int) -> None:
         """The batch was given up for new weights."""
         # What an earlier pause left over are requests that were cancelled.
-        self._frozen = min(sum(self._running.values()), unfinished)
+        self._frozen = self._put_back = min(sum(self._running.values()), unfinished)
+        self._goes_on = False
 
     def resumed(self, unfinished: int) -> None:
         """It goes on; what was cancelled meanwhile never reports."""
-        self._frozen = min(self._frozen, unfinished)
+        self._frozen = self._put_back = min(self._frozen, unfinished)
+        self._goes_on = True
 
     def load(self, unfinished: int) -> EngineLoad:
         """The load now."""
         running = min(sum(self._running.values()), unfinished)
-        waiting = max(0, sum(self._waiting.values()) - self._frozen)
+        waiting = max(0, sum(self._waiting.values()) - self._put_back)
         usage = max(self._kv_cache_usage.values(), default=0.0) if running else 0.0
         return EngineLoad(running, min(waiting, unfinished - running), self._preemptions, usage)

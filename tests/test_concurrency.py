@@ -344,3 +344,16 @@ class TestLoadMeter:
         meter.resumed(2)
         meter.preempted(3)
         assert meter.load(9).preemptions == 4
+
+    def test_nor_do_they_when_the_rest_of_them_is_back_in_the_batch(self) -> None:
+        meter = LoadMeter()
+        meter.stepped(0, 64, 0, 0.5)
+        meter.paused(64)
+        meter.stepped(0, 64, 0, 0.5)  # late, of the step before the pause
+        meter.resumed(64)
+        meter.stepped(0, 24, 40, 0.5)
+        assert meter.load(64).waiting == 0
+        meter.preempted(24)
+        meter.stepped(0, 24, 0, 0.5)  # forty were cancelled
+        meter.stepped(0, 24, 38, 0.5)
+        assert meter.load(62).waiting == 38
