@@ -1,7 +1,7 @@
 """One DeepSpeed rank as a Ray actor. The only file that imports deepspeed.
 
 An update is exact whatever the number of ranks, the ZeRO stage and the micro-batches: token losses are summed and
-divided by the trained tokens of the whole mini-batch, which every rank knows, since every rank gets the whole batch.
+divided by what the whole mini-batch amounts to, which every rank knows, since every rank gets the whole batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_sender import send_version
-from raygym.algorithms.losses import clipped_token_loss, k1_kl, k3_kl
+from raygym.algorithms.losses import k1_kl
+from raygym.algorithms.objective import loss_divisor, objective
 from raygym.config import LearnerConfig
 from raygym.packing import MicroBatch, assign_micro_batches, pack, packed_order
 from raygym.policy_model import TokenLogprobs, check_model
@@ -129,8 +130,9 @@ class LearnerActor:
 
         Returns:
             Of all ranks together: `loss`, `entropy`, `kl` (mean of behaviour - current logprob: k1 of the engine's
-            policy to this one), `reference_kl` (k3; 0 without kl_coef) and `clip_fraction`, means over trained tokens
-            (`loss`: over all generated tokens; without a KL term, sequences of advantage 0 are not computed at all);
+            policy to this one), `reference_kl` (by `kl_estimator`; 0 without kl_coef) and `clip_fraction`, means over
+            trained tokens (`loss`: by `loss_mean`, over all sequences; without a KL term, sequences of advantage 0 are
+            not computed at all);
             `grad_norm` (before clipping, mean of the updates) and `lr` (of the last); `logprob_abs_diff` and
             `logprob_abs_diff_max`, |learner - engine| over the trained tokens of the first mini-batch, so with the
             very weights that sampled if the batch is on-policy; `tokens_trained`, `tokens_total`,
@@ -140,14 +142,14 @@ class LearnerActor:
         # loss ... clip_fraction, |diff|, tokens, cells; reduced over ranks once, at the end.
         totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
         worst = torch.zeros((), dtype=torch.float64, device=self._device)
-        loss_tokens, trained, first_trained, norms = 0, 0, 0, []
+        divisors, trained, first_trained, norms = 0.0, 0, 0, []
         for number, part in enumerate(np.array_split(np.arange(len(sequences)), self.config.mini_batches)):
             mini_batch = [sequences[index] for index in part]
-            count = sum(int(sequence.loss_mask.sum()) for sequence in mini_batch)
+            divisor = loss_divisor(self.config, mini_batch)
             computed = self._with_signal(mini_batch)
-            sums, differences = self._accumulate_gradients(computed, count)
+            sums, differences = self._accumulate_gradients(computed, divisor)
             totals += sums
-            loss_tokens += count
+            divisors += divisor
             trained += (with_gradient := sum(int(sequence.loss_mask.sum()) for sequence in computed))
             if number == 0:
                 totals[len(_SUMS)] = differences.sum()
@@ -158,7 +160,7 @@ class LearnerActor:
         *sums_, difference, tokens, cells = totals.tolist()
         return {
             **{name: value / max(1, trained) for name, value in zip(_SUMS, sums_, strict=True)},
-            "loss": sums_[0] / max(1, loss_tokens),
+            "loss": sums_[0] / max(1.0, divisors),
             "grad_norm": sum(norms) / len(norms),
             "lr": self._lr(self._updates - 1),
             "logprob_abs_diff": difference / max(1, first_trained),
@@ -180,7 +182,7 @@ class LearnerActor:
         lengths = [len(sequence.token_ids) for sequence in sequences]
         return assign_micro_batches(lengths, self.world_size, self.config.tokens_per_micro_batch)[self.rank]
 
-    def _accumulate_gradients(self, mini_batch: list[TrainSequence], count: int) -> tuple[Tensor, Tensor]:
+    def _accumulate_gradients(self, mini_batch: list[TrainSequence], divisor: float) -> tuple[Tensor, Tensor]:
         """This rank's backward passes. Returns its totals (see `update`) and |learner - engine| of its tokens."""
         micro_batches = self._micro_batches(mini_batch)
         totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
@@ -191,7 +193,7 @@ class LearnerActor:
             logprobs_N, entropies_N = self._engine(batch, self._temperature)
             loss, sums, difference_N = self._loss(batch, logprobs_N, entropies_N)
             # DeepSpeed averages gradients over ranks; ours are parts of one sum.
-            self._engine.backward(loss * (self.world_size / max(1, count)))
+            self._engine.backward(loss * (self.world_size / max(1.0, divisor)))
             totals[: len(_SUMS)] += sums
             totals[-2] += batch.num_tokens
             totals[-1] += batch.num_cells if indices else 0
@@ -200,20 +202,14 @@ class LearnerActor:
 
     def _loss(self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss, the sums named by `_SUMS`, and |learner - engine| of each token."""
-        config, mask_N = self.config, batch.mask_N
-        loss, clipped = clipped_token_loss(
-            logprobs_N, batch.behaviour_N, batch.advantages_N, mask_N, config.clip_low, config.clip_high
-        )
-        current_N = logprobs_N.detach()
-        reference_kl = torch.zeros((), device=self._device)
+        reference_N = None
         if self._reference is not None:
             with torch.no_grad():
                 reference_N, _ = self._reference(batch, self._temperature)
-            reference_kl = (k3_kl(logprobs_N, reference_N) * mask_N).sum()
-            loss = loss + config.kl_coef * reference_kl
-        behaviour_kl_N = k1_kl(batch.behaviour_N, current_N) * mask_N
-        entropy = (entropies_N * mask_N).sum()
-        sums = [loss.detach(), behaviour_kl_N.sum(), reference_kl.detach(), entropy, clipped]
+        loss, reference_kl, clipped = objective(self.config, batch, logprobs_N, reference_N)
+        behaviour_kl_N = k1_kl(batch.behaviour_N, logprobs_N.detach()) * batch.mask_N
+        entropy = (entropies_N * batch.mask_N).sum()
+        sums = [loss.detach(), behaviour_kl_N.sum(), reference_kl, entropy, clipped]
         return loss, torch.stack([value.double() for value in sums]), behaviour_kl_N.abs()
 
     def _lr(self, update: int) -> float:

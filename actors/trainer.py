@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raygym.actors.session import Session
-from raygym.algorithms.advantages import group_normalized
+from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
 from raygym.config import RunConfig
 from raygym.console import RunConsole
@@ -33,6 +33,7 @@ class Trainer:
         self._session = session
         self._files = files
         self._console = console
+        self._advantages = ADVANTAGES[config.learner.advantage]
         self._metrics: dict[str, float] = {}
         self._doing = ""
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
@@ -47,7 +48,7 @@ class Trainer:
             with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
-                sequences = train_sequences(collected.groups, group_normalized)
+                sequences = train_sequences(collected.groups, self._advantages)
                 with self._timed("learn"):
                     learned = session.learners.update(sequences)
                 with self._timed("validate_wait"):  # it is played by the weights that go now

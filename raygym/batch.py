@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
-from raygym.types import Float32Array, Group, TrainSequence
-
-Advantages = Callable[[Sequence[float]], Float32Array]
-"""G rewards of one group -> G advantages."""
+from raygym.algorithms.advantages import Advantages
+from raygym.types import Group, TrainSequence
 
 
-def train_sequences(groups: Iterable[Group], advantages: Advantages) -> list[TrainSequence]:
+def train_sequences(groups: Sequence[Group], advantages: Advantages) -> list[TrainSequence]:
     """One sequence a trajectory, group by group, in episode order."""
     return [
         TrainSequence(t.token_ids, t.loss_mask, t.logprobs, float(advantage))
-        for group in groups
-        for t, advantage in zip(group.trajectories, advantages(group.rewards), strict=True)
+        for group, advantages_G in zip(groups, advantages([group.rewards for group in groups]), strict=True)
+        for t, advantage in zip(group.trajectories, advantages_G, strict=True)
     ]

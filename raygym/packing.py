@@ -39,6 +39,8 @@ class MicroBatch:
     advantages_N: Tensor
     mask_N: Tensor
     """False only for a stand-in."""
+    sequence_N: Tensor
+    """A number below N, the same for the tokens of one sequence and for no others."""
     num_tokens: int
     """Tokens of real sequences."""
 
@@ -149,7 +151,8 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
     shape = (max(1, len(rows)), max([1, *(sum(lengths[item] for item in row) for row in rows)]))
     ids_BL, positions_BL = np.zeros(shape, dtype=np.int64), np.tile(np.arange(shape[1]), (shape[0], 1))
     filled = [0] * shape[0]
-    where, targets, behaviour, advantages = [], [], [], []
+    where, targets, behaviour, advantages, numbers = [], [], [], [], []
+    count = 0
     for row, index in placed:
         sequence, start = sequences[index], filled[row]
         assert not sequence.loss_mask[0], "the first token of a sequence has no prediction and cannot be trained"
@@ -163,7 +166,8 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
         targets.append(sequence.token_ids[trained])
         behaviour.append(sequence.logprobs[trained])
         advantages.append(np.full(len(trained), sequence.advantage))
-    count = sum(len(part) for part in where)
+        numbers.append(np.full(len(trained), count))
+        count += len(trained)
     return MicroBatch(
         input_ids_BL=torch.from_numpy(ids_BL),
         position_ids_BL=torch.from_numpy(positions_BL),
@@ -172,6 +176,7 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
         behaviour_N=_joined(behaviour, torch.float32),
         advantages_N=_joined(advantages, torch.float32),
         mask_N=torch.full((max(1, count),), count > 0),
+        sequence_N=_joined(numbers, torch.int64),
         num_tokens=sum(lengths),
     )
 

@@ -86,6 +86,9 @@ def test_pack_predicts_each_trained_token_from_the_one_before(lengths: list[int]
     np.testing.assert_array_equal(batch.behaviour_N, np.concatenate([s.logprobs[s.loss_mask] for s in ordered]))
     advantages = np.concatenate([np.full(s.loss_mask.sum(), s.advantage, np.float32) for s in ordered])
     np.testing.assert_array_equal(batch.advantages_N, advantages)
+    counts = [int(s.loss_mask.sum()) for s in ordered if s.loss_mask.any()]
+    assert torch.unique_consecutive(batch.sequence_N, return_counts=True)[1].tolist() == counts
+    assert len(batch.sequence_N.unique()) == len(counts) and batch.sequence_N.max() < len(batch.sequence_N)
 
 
 @pytest.mark.parametrize("sequences", [[], [make_sequence(5, 0, trained=0.0)], [make_sequence(1, 0)]])

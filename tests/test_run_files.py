@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raygym.algorithms.advantages import group_normalized
+from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
 from raygym.config import RunConfig, load_config, parse_config
 from raygym.console import RunConsole, sparkline
@@ -92,7 +92,7 @@ def test_a_failed_validation_task_is_no_reward_of_zero() -> None:
 
 
 def test_train_sequences_carry_their_groups_advantage() -> None:
-    sequences = train_sequences(collected().groups, group_normalized)
+    sequences = train_sequences(collected().groups, ADVANTAGES["grpo"])
     assert np.allclose([s.advantage for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
 
 
