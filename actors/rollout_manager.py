@@ -145,6 +145,8 @@ class RolloutManager:
         if self._stopped is not None and not stream.has_news():
             raise self._stopped
         taken = stream.take(most)
+        # What waits in the runners for its place does not run yet.
+        taken = replace(taken, running=min(taken.running, self._scheduler.max_concurrent))
         if taken.done:
             self._stream = None
         self._fill()
