@@ -36,14 +36,7 @@ class Rollouts:
             placement: Ray's options for the EnvRunners, such as the node that their environments are on.
         """
         rollout = config.rollout
-        limits = EpisodeLimits(
-            max_turns=rollout.max_turns,
-            max_tokens_per_turn=rollout.max_tokens_per_turn,
-            max_model_len=max_model_len,
-            turn_timeout_s=rollout.turn_timeout_s,
-            step_timeout_s=rollout.step_timeout_s,
-            episode_timeout_s=rollout.episode_timeout_s,
-        )
+        limits = EpisodeLimits.of(rollout, max_model_len)
         self._runners = [
             start_env_runner(
                 config.envs,

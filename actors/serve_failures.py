@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 from ray.exceptions import (
@@ -54,12 +53,7 @@ async def ask_replicas(handle: Any, method: str, timeout_s: float, late: str) ->
     Raises:
         EpisodeFailure: `engine_timeout` when not every replica answers in time, else see `engine_failure`.
     """
-    try:
-        return list(await asyncio.to_thread(handle.broadcast(method).results, timeout_s=timeout_s))
-    except TimeoutError as error:
-        raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, f"{late} within {timeout_s:g} s") from error
-    except Exception as error:
-        raise engine_failure(error) from error
+    return await _answers(handle, method, timeout_s, late)
 
 
 async def replicas_that_answer(handle: Any, method: str, timeout_s: float) -> list[Any]:
@@ -68,12 +62,16 @@ async def replicas_that_answer(handle: Any, method: str, timeout_s: float) -> li
     Raises:
         EpisodeFailure: Serve lists none, or does not say.
     """
-    results = partial(handle.broadcast(method).results, timeout_s=timeout_s, return_exceptions=True)
+    answers = await _answers(
+        handle, method, timeout_s, "Serve did not list the policy's replicas", return_exceptions=True
+    )
+    return [answer for answer in answers if not isinstance(answer, Exception)]
+
+
+async def _answers(handle: Any, method: str, timeout_s: float, late: str, **options: bool) -> list[Any]:
     try:
-        answers = await asyncio.to_thread(results)
+        return list(await asyncio.to_thread(handle.broadcast(method).results, timeout_s=timeout_s, **options))
     except TimeoutError as error:
-        detail = f"Serve did not list the policy's replicas within {timeout_s:g} s"
-        raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail) from error
+        raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, f"{late} within {timeout_s:g} s") from error
     except Exception as error:
         raise engine_failure(error) from error
-    return [answer for answer in answers if not isinstance(answer, Exception)]

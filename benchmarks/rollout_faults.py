@@ -27,6 +27,7 @@ from harness import report
 from harness.agents import Agents
 from harness.faults import Fault, Injector, draw_faults
 from harness.faulty import TURN_REWARD
+from harness.rollout_stack import IMPORTS
 from harness.timed import TimedManager, TimedTurns
 from harness.waits import Wait, WaitLog, longest_s
 from ray import serve
@@ -48,6 +49,7 @@ CONFIG = RolloutConfig(
     groups_per_step=32,
     group_size=4,
     max_concurrent=64,
+    max_turns=TURNS,
     max_tokens_per_turn=MAX_TOKENS,
     env_runners=2,
     # Four attempts must outlast a time without any engine: the faults may fall together.
@@ -60,8 +62,6 @@ CONFIG = RolloutConfig(
 )
 FAULTY = {"raise_rate": 0.04, "hang_rate": 0.01, "lost_tasks": 0.01, "hang_s": 8.0}
 _APP = "rollout-faults"
-_FOLDER = Path(__file__).resolve().parent
-_IMPORTS = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_FOLDER), str(_FOLDER.parent)])}}
 _SETTLED_WITHIN_S = 30.0
 _AGENTS = 2
 _SESSION_TTL_S = 10.0
@@ -227,17 +227,10 @@ def started(steps: int, env_kwargs: dict[str, Any], log: str) -> Iterator[tuple[
     )
     model_dir = str(resolve_policy("tiny"))
     env = EnvConfig(id="harness.faulty:Faulty", name="faulty", kwargs={"turns": TURNS, **env_kwargs})
-    limits = EpisodeLimits(
-        max_turns=TURNS,
-        max_tokens_per_turn=MAX_TOKENS,
-        max_model_len=4096,
-        turn_timeout_s=CONFIG.turn_timeout_s,
-        step_timeout_s=CONFIG.step_timeout_s,
-        episode_timeout_s=CONFIG.episode_timeout_s,
-    )
+    limits = EpisodeLimits.of(CONFIG, 4096)
 
     def start(state: SchedulerState) -> Any:
-        options = {"num_cpus": 0, "max_concurrency": 16, "runtime_env": _IMPORTS}
+        options = {"num_cpus": 0, "max_concurrency": 16, "runtime_env": IMPORTS}
         actor: Any = ray.remote(TimedManager).options(**options)  # type: ignore[attr-defined]
         return actor.remote(log, CONFIG, [env], 0, steps, 0.0, runners, state=state)
 
@@ -253,7 +246,7 @@ def started(steps: int, env_kwargs: dict[str, Any], log: str) -> Iterator[tuple[
                 0,
                 generate=turns,
                 max_concurrent=CONFIG.max_concurrent,
-                runtime_env=_IMPORTS,
+                runtime_env=IMPORTS,
             )
             for _ in range(CONFIG.env_runners)
         ]

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from raygym.chat import ChatRenderer, TemplateError
-from raygym.config import EnvConfig
+from raygym.config import EnvConfig, RolloutConfig
 from raygym.engine import NO_LOGPROB
 from raygym.env import StepResult
 from raygym.env_host import DeadlineMissed, Host, within
@@ -58,6 +58,18 @@ class EpisodeLimits:
     """Deadline of making and resetting the environment, and of each step."""
     episode_timeout_s: float
     """Deadline of the whole episode; counted against whoever was being waited for."""
+
+    @classmethod
+    def of(cls, config: RolloutConfig, max_model_len: int) -> EpisodeLimits:
+        """Those of a run, on a policy with so long a context."""
+        return cls(
+            max_turns=config.max_turns,
+            max_tokens_per_turn=config.max_tokens_per_turn,
+            max_model_len=max_model_len,
+            turn_timeout_s=config.turn_timeout_s,
+            step_timeout_s=config.step_timeout_s,
+            episode_timeout_s=config.episode_timeout_s,
+        )
 
     def for_env(self, env: EnvConfig) -> EpisodeLimits:
         """These, with what the environment's config says instead."""

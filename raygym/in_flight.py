@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -139,10 +139,8 @@ class InFlight:
         self._awaited = {task for task, running in self._running.items() if running.restartable or everything}
         if self._awaited:
             self._all_left.clear()
-            try:
+            with suppress(TimeoutError):  # those that are late are counted
                 async with asyncio.timeout(timeout_s):
                     await self._all_left.wait()
-            except TimeoutError:
-                pass
         late, self._awaited = len(self._awaited), set()
         return late

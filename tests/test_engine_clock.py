@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -13,36 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from virtual_time import virtually
 
 from raygym.engine_clock import EngineClock
 from raygym.simulate import SimulatedConfig, SimulatedEngine
 from raygym.types import Generation, Sampling
 
-T = TypeVar("T")
 PROMPT = np.asarray([5, 6, 7], np.int32)
-
-
-class VirtualTime(asyncio.SelectorEventLoop):
-    """An event loop that jumps to its next timer instead of waiting for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._now_s = 0.0
-        select = self._selector.select
-
-        def jump(timeout: float | None = None) -> Any:
-            self._now_s += timeout or 0.0
-            return select(timeout if timeout is None else 0)
-
-        self._selector.select = jump
-
-    def time(self) -> float:
-        return self._now_s
-
-
-def virtually(coroutine: Coroutine[Any, Any, T]) -> T:
-    with asyncio.Runner(loop_factory=VirtualTime) as runner:
-        return runner.run(coroutine)
 
 
 @settings(max_examples=40)

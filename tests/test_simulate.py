@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_episode import Talk, episode, renderer  # noqa: F401 - a fixture
+from virtual_time import virtually
 
 from raygym.chat import ChatRenderer
 from raygym.config import ConfigError, PolicyConfig, load_config
@@ -34,29 +35,6 @@ async def ask(simulated: SimulatedEngine, seed: int = 0, max_tokens: int = 8) ->
     return await simulated.generate(np.arange(20, dtype=np.int32), Sampling(1.0, max_tokens, seed), "r")
 
 
-class VirtualTime(asyncio.SelectorEventLoop):
-    """A loop on which nothing takes time but waiting, and waiting takes none of ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now_s = 0.0
-        select = self._selector.select  # type: ignore[attr-defined]
-
-        def jump(timeout: float | None) -> Any:
-            self.now_s += timeout or 0.0
-            return select(0)
-
-        self._selector.select = jump  # type: ignore[attr-defined]
-
-    def time(self) -> float:
-        return self.now_s
-
-
-def virtually(main: Callable[[], Any]) -> Any:
-    with asyncio.Runner(loop_factory=VirtualTime) as runner:
-        return runner.run(main())
-
-
 class TestBatching:
     def test_turns_take_the_batch_s_time_on_the_loop_s_clock(self) -> None:
         async def main() -> list[tuple[int, float]]:
@@ -67,7 +45,7 @@ class TestBatching:
 
             return await asyncio.gather(*(one(seed) for seed in range(3)))
 
-        first, *others = virtually(main)
+        first, *others = virtually(main())
         assert first[1] == pytest.approx(0.01 * first[0])
         for length, ended_s in others:  # they came while the first one's first step ran
             assert ended_s == pytest.approx(0.01 * (1 + length))
@@ -77,9 +55,9 @@ class TestBatching:
             simulated = engine(**config)
             return [(await ask(simulated, seed)).token_ids.tolist() for seed in range(5)]
 
-        plain = virtually(main)
-        assert virtually(lambda: main(batching=BATCHING)) == plain
-        assert virtually(lambda: main(batching=BATCHING, slow_rate=0.5)) == plain
+        plain = virtually(main())
+        assert virtually(main(batching=BATCHING)) == plain
+        assert virtually(main(batching=BATCHING, slow_rate=0.5)) == plain
 
     def test_a_cancelled_turn_frees_its_place(self) -> None:
         async def main() -> float:
@@ -95,7 +73,7 @@ class TestBatching:
             assert (simulated.batch.running, simulated.batch.kv_usage) == (0, 0)
             return asyncio.get_running_loop().time() - length
 
-        assert virtually(main) == pytest.approx(1.0), "the step that ran, then one for each token"
+        assert virtually(main()) == pytest.approx(1.0), "the step that ran, then one for each token"
 
     def test_a_turn_spans_versions_and_its_time_stands_still(self, tmp_path: Path) -> None:
         save_file({"a": torch.zeros(1)}, tmp_path / "v.safetensors")
@@ -110,7 +88,7 @@ class TestBatching:
             await simulated.resume()
             return await turn, asyncio.get_running_loop().time()
 
-        generation, ended_s = virtually(main)
+        generation, ended_s = virtually(main())
         length = len(generation.token_ids)
         assert length > 4
         assert generation.weight_versions.tolist() == [0] * 3 + [4] * (length - 3)
@@ -135,7 +113,7 @@ class TestBatching:
             await simulated.generate(history, Sampling(1.0, 4, 0), "r")
             return load, simulated.batch.prefix_hit_tokens - before, len(history)
 
-        load, hits, length = virtually(main)
+        load, hits, length = virtually(main())
         assert (load.running, load.waiting) == (0, 0)
         assert length - 4 - 4 <= hits < length, "all whole blocks of the history"
 
@@ -156,7 +134,7 @@ class TestMeasuredTimes:
         path.write_text("samples_s: [0.5]\n")
         config = SimulatedConfig(measured=str(path))
         assert config.model_dump(exclude_unset=True) == {"measured": {"samples_s": [0.5]}}
-        assert virtually(lambda: seconds(config)) == 0.5
+        assert virtually(seconds(config)) == 0.5
         path.write_text("{step_s: 0.02, max_num_seqs: 8}")
         assert (
             SimulatedConfig(batching=str(path)).batching
@@ -204,10 +182,10 @@ class TestFaults:
                 times.append(round(loop.time() - began_s, 6))
             return times
 
-        times = Counter(virtually(lambda: main(turn_latency_s=0.5, slow_rate=0.3, slow_factor=7)))
+        times = Counter(virtually(main(turn_latency_s=0.5, slow_rate=0.3, slow_factor=7)))
         assert set(times) == {0.5, 3.5} and 4 <= times[3.5] <= 20
-        assert virtually(lambda: main(turn_latency_s=0.5, slow_rate=0.3, slow_factor=7)) == virtually(
-            lambda: main(turn_latency_s=0.5, slow_rate=0.3, slow_factor=7)
+        assert virtually(main(turn_latency_s=0.5, slow_rate=0.3, slow_factor=7)) == virtually(
+            main(turn_latency_s=0.5, slow_rate=0.3, slow_factor=7)
         ), "the same ones each time"
 
     async def test_a_death_takes_all_with_it(self) -> None:

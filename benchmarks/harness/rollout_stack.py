@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,7 @@ def environment(turns: int, spread: int = 0) -> EnvConfig:
 
 def limits(config: RolloutConfig, turns: int) -> EpisodeLimits:
     """What an episode of at most `turns` turns may use."""
-    return EpisodeLimits(
-        max_turns=turns,
-        max_tokens_per_turn=MAX_TOKENS,
-        max_model_len=8192,
-        turn_timeout_s=config.turn_timeout_s,
-        step_timeout_s=config.step_timeout_s,
-        episode_timeout_s=config.episode_timeout_s,
-    )
+    return replace(EpisodeLimits.of(config, 8192), max_turns=turns)
 
 
 class Stack:
