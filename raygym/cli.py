@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from raygym.config import ConfigError, RunConfig, dump_config, load_config
+from raygym.config import ConfigError, RunConfig
+from raygym.config_file import dump_config, load_config
 from raygym.rollout_store import Request
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130

@@ -1,43 +1,28 @@
-"""The run config: one strict pydantic schema, YAML files, dotted overrides.
-
-`load_config` is the only door: what it returns is valid, what it refuses is a `ConfigError` whose text names
-the key, the value found and the value expected.
-"""
+"""The run config: one strict pydantic schema. `config_file.py` reads and writes it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from raygym.config_section import (
+    ConfigError,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from raygym.in_flight import OnUpdate
+from raygym.learner_config import LearnerConfig
 from raygym.nemo_gym.config import ENV_ID as NEMO_GYM
 from raygym.nemo_gym.config import NemoGymConfig
 from raygym.types import FailureKind
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+__all__ = ["ConfigError", "LearnerConfig", "Section"]
 
-# DeepSpeed keys that raygym computes itself, from the batch and the rank count.
-_DEEPSPEED_OWNED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-)
-# Names of `raygym.algorithms`, whose docstrings say what each is.
-LossName = Literal["clip", "gspo", "cispo", "reinforce"]
-LossMean = Literal["token", "sequence", "constant"]
-KlEstimator = Literal["k1", "k2", "k3"]
-AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 # Engine arguments without which tokens, logprobs or weight updates would not be exact.
 _VLLM_OWNED = {
     "model": "policy.model",
@@ -45,16 +30,6 @@ _VLLM_OWNED = {
     "generation_config": "nothing: the served model's own sampling defaults never leak in",
     "worker_extension_cls": "nothing: raygym's worker extension applies the weights",
 }
-
-
-class ConfigError(ValueError):
-    """A config that cannot run. The text is one message for a person: key, what was found, what is expected."""
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are not coerced from strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class HttpConfig(Section):
@@ -85,9 +60,9 @@ class PolicyConfig(Section):
     engine: Literal["vllm", "simulated"] = "vllm"
     replicas: PositiveInt = 1
     gpus_per_replica: NonNegativeFloat = 0
-    vllm: dict[str, Any] = {}
+    vllm: dict[str, Any] = Field(default_factory=dict)
     """Passed through to vLLM's AsyncEngineArgs."""
-    simulated: dict[str, Any] = {}
+    simulated: dict[str, Any] = Field(default_factory=dict)
     """Passed through to the simulated engine."""
     http: HttpConfig = HttpConfig()
     sessions: SessionsConfig = SessionsConfig()
@@ -114,7 +89,7 @@ class EnvConfig(Section):
     """A registered Gymnasium id (`raygym/NumberGuess-v0`), `module:Class`, or `nemo_gym`."""
     name: str = ""
     """How metrics and tasks call it; the id when empty."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     nemo_gym: NemoGymConfig | None = None
     """Servers of NeMo Gym as an environment; goes with the id `nemo_gym`."""
     weight: PositiveFloat = 1.0
@@ -176,7 +151,7 @@ class RolloutConfig(Section):
     episode_timeout_s: PositiveFloat = 600
     max_retries: NonNegativeInt = 3
     """Fresh attempts at one failed episode before its group is replaced."""
-    retries: dict[str, NonNegativeInt] = {}
+    retries: dict[str, NonNegativeInt] = Field(default_factory=dict)
     """The same for single kinds of failure, such as `{context_overflow: 0}`."""
     max_failures_in_a_row: PositiveInt | None = None
     """Failed attempts of one environment, no episode of it finished in between, before the run stops. By default 256,
@@ -205,86 +180,6 @@ class RolloutConfig(Section):
                 "concurrency: adaptive, expected at most that"
             )
         return self
-
-
-class LearnerConfig(Section):
-    """GRPO and its family on DeepSpeed."""
-
-    algorithm: Literal["grpo"] = "grpo"
-    advantage: AdvantageName = "grpo"
-    """How rewards become advantages. `reinforce_pp` normalises over all episodes of a step, the others look at groups;
-    `reinforce_pp_baseline` does both."""
-    num_learners: PositiveInt = 1
-    gpus_per_learner: NonNegativeFloat = 0
-    lr: PositiveFloat = 1e-6
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer updates over which the learning rate rises linearly to `lr`."""
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    loss: LossName = "clip"
-    """`reinforce` has no ratio, so it is exact on-policy only: one mini-batch, no staleness."""
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The ratio's lower bound is 1 - `clip_low`: with 1 there is none."""
-    clip_high: PositiveFloat = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """With `loss: clip`, a second bound on the ratio where the advantage is negative; 3 is usual."""
-    loss_mean: LossMean = "token"
-    """What counts the same in a mini-batch: each `token`, each `sequence`, or each token whatever else is in the
-    mini-batch (`constant`: sequences x `loss_length`)."""
-    loss_length: PositiveInt | None = None
-    """Tokens, with `loss_mean: constant`: the most that an episode can generate."""
-    kl_coef: NonNegativeFloat = 0.0
-    """Weight of the KL to the starting policy, in the loss; above 0 a frozen copy is kept."""
-    kl_estimator: KlEstimator = "k3"
-    """`k2` has the KL's own gradient on-policy, `k3` is the one of GRPO, `k1` only measures: its gradient is 0 on
-    average."""
-    grad_clip: PositiveFloat = 1.0
-    mini_batches: PositiveInt = 1
-    """Optimizer updates made from one step's groups."""
-    tokens_per_micro_batch: PositiveInt = 2048
-    threads: NonNegativeInt = 0
-    """CPU threads of one learner; 0 shares the cores among the learners."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    deepspeed: dict[str, Any] = {}
-    """Passed through to DeepSpeed; `zero_optimization: {stage: 0..3}` chooses the ZeRO stage."""
-    startup_timeout_s: PositiveFloat = 600
-    update_timeout_s: PositiveFloat = 3600
-
-    @model_validator(mode="after")
-    def _deepspeed_owned(self) -> LearnerConfig:
-        for key in _DEEPSPEED_OWNED:
-            if key in self.deepspeed:
-                raise ValueError(f"deepspeed.{key} is set by raygym from the batch; remove it")
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-            raise ValueError("deepspeed.zero_optimization must be a mapping with stage: 0, 1, 2 or 3")
-        return self
-
-    @model_validator(mode="after")
-    def _loss_is_whole(self) -> LearnerConfig:
-        if self.dual_clip is not None and self.loss != "clip":
-            raise ValueError(f"dual_clip: bounds the ratio of loss: clip; found loss: {self.loss}; remove one of them")
-        if self.loss == "gspo" and self.loss_mean != "sequence":
-            raise ValueError(
-                f"loss_mean: {self.loss_mean} weights a sequence by its length, but loss: gspo has one loss for each; "
-                f"expected loss_mean: sequence"
-            )
-        if self.loss_mean == "constant" and self.loss_length is None:
-            raise ValueError(
-                "loss_length: missing; loss_mean: constant divides by it; expected a number of tokens, such as "
-                "rollout.max_turns x rollout.max_tokens_per_turn"
-            )
-        if self.loss_mean != "constant" and self.loss_length is not None:
-            raise ValueError(
-                f"loss_length: {self.loss_length} is used by loss_mean: constant only; found loss_mean: "
-                f"{self.loss_mean}; remove one of them"
-            )
-        return self
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage, 0 to 3."""
-        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
 class SyncConfig(Section):
@@ -387,125 +282,3 @@ class RunConfig(Section):
         if len(set(labels)) != len(labels):
             raise ValueError(f"envs: two environments are called the same; give each its own name (have {labels})")
         return self
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read one YAML run config and apply `key.path=value` overrides (values are YAML).
-
-    Raises:
-        ConfigError: the file is missing or not a YAML mapping, or a key or value is wrong.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a YAML run config") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text; expected a YAML run config") from error
-    try:
-        data = _load_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections (name, steps, policy, envs, ...)")
-    for override in overrides:
-        _apply_override(data, override)
-    return parse_config(data, source=str(path))
-
-
-def parse_config(data: dict[str, Any], source: str = "config") -> RunConfig:
-    """Validate an already parsed mapping. Raises ConfigError naming every wrong key."""
-    try:
-        # Through JSON mode: YAML has no tuples, and strict Python mode would refuse a list for `betas`.
-        return RunConfig.model_validate(_tuples(data))
-    except ValidationError as error:
-        problems = [_problem(item) for item in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML, every default written out; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 (no dot) as text; YAML 1.2 and everybody who types it mean the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
-)
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    learner = data.get("learner")
-    if isinstance(learner, dict) and isinstance(learner.get("betas"), list):
-        return {**data, "learner": {**learner, "betas": tuple(learner["betas"])}}
-    return data
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected key.path=value, such as learner.lr=1e-6")
-    try:
-        value = _load_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    node: Any = data
-    *parents, leaf = key.split(".")
-    for depth, part in enumerate(parents):
-        node = _child(node, part, override)
-        if node is None:
-            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
-    if isinstance(node, list):
-        node[_index(node, leaf, override)] = value
-    elif isinstance(node, dict):
-        node[leaf] = value
-    else:
-        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
-
-
-def _child(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, override)]
-    if isinstance(node, dict):
-        if node.get(part) is None:
-            node[part] = {}
-        return node[part]
-    return None
-
-
-def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"override {override!r}: {part!r} is not an index into a list of {len(items)} entries")
-    return int(part)
-
-
-def _problem(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(item['loc'])}"
-    if kind == "missing":
-        return f"{key}: is required and missing"
-    if kind == "value_error":
-        return f"{key}.{message}" if key else message
-    found = repr(item["input"])
-    return f"{key}: {message[0].lower() + message[1:]}, found {found if len(found) < 80 else found[:77] + '...'}"
-
-
-def _suggestion(loc: tuple[Any, ...]) -> str:
-    model: Any = RunConfig
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        # A list of sections, or a section that may be left out.
-        model = next((a for a in get_args(annotation) if hasattr(a, "model_fields")), annotation)
-    known = ", ".join(model.model_fields)
-    return f"; expected one of: {known}"

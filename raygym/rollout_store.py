@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import yaml
 from filelock import FileLock, Timeout
 
-from raygym.config import ConfigError, RunConfig, dump_config
+from raygym.config import ConfigError, RunConfig
+from raygym.config_file import dump_config
 from raygym.rollout_summary import RolloutSummary
 from raygym.run_files import move_aside, trajectory_record
 from raygym.task_stream import Taken

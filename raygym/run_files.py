@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raygym.config import RunConfig, dump_config
+from raygym.config import RunConfig
+from raygym.config_file import dump_config
 from raygym.schedule import Collected
 from raygym.types import Trajectory
 from raygym.whole_file import write_whole

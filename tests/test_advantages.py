@@ -13,7 +13,7 @@ from raygym.algorithms.advantages import (
     leave_one_out_baseline,
     overlong_penalized,
 )
-from raygym.config import AdvantageName
+from raygym.learner_config import AdvantageName
 
 rewards = st.lists(st.floats(-100, 100), min_size=2, max_size=16)
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from raygym.config import ConfigError, dump_config, load_config, parse_config
+from raygym.config import ConfigError
+from raygym.config_file import dump_config, load_config, parse_config
 
 MINIMAL: dict[str, Any] = {
     "name": "t",

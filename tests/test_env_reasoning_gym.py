@@ -14,7 +14,8 @@ import pytest
 import yaml
 from tiers import only_long
 
-from raygym.config import EnvConfig, load_config
+from raygym.config import EnvConfig
+from raygym.config_file import load_config
 from raygym.env import EnvError, make_env, parse_step
 from raygym.envs.reasoning_gym import ReasoningGym
 

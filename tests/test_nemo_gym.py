@@ -15,7 +15,8 @@ from fake_gym import ROW, FakeGym, playing
 from tiers import only_long
 
 from raygym.check_env import check_env
-from raygym.config import ConfigError, parse_config
+from raygym.config import ConfigError
+from raygym.config_file import parse_config
 from raygym.env import EnvError
 from raygym.env_host import EnvHost
 from raygym.episode import EpisodeLimits

@@ -17,7 +17,7 @@ import pytest
 from scripted_policy import WRONG, ScriptedPolicy, call, right_actions
 from tiers import only_long
 
-from raygym.config import load_config
+from raygym.config_file import load_config
 from raygym.env_host import EnvHost
 from raygym.episode import EpisodeLimits
 from raygym.nemo_gym.agent import run_agent_episode

@@ -15,7 +15,8 @@ from test_packing import make_sequence
 
 from raygym.algorithms.means import mini_batch_divisor
 from raygym.algorithms.objective import KL_ESTIMATORS, loss_divisor, objective
-from raygym.config import KlEstimator, LearnerConfig
+from raygym.config import LearnerConfig
+from raygym.learner_config import KlEstimator
 from raygym.packing import assign_micro_batches, pack, packed_order
 from raygym.types import TrainSequence
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from raygym.config import ConfigError, RunConfig, parse_config
+from raygym.config import ConfigError, RunConfig
+from raygym.config_file import parse_config
 from raygym.pass_at_k import ks, pass_at_k
 from raygym.rollout_console import RolloutConsole
 from raygym.rollout_store import Request, RolloutStore

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
-from raygym.config import RunConfig, load_config, parse_config
+from raygym.config import RunConfig
+from raygym.config_file import load_config, parse_config
 from raygym.console import RunConsole, sparkline
 from raygym.metrics import rollout_metrics, validation_metrics
 from raygym.open_group import GroupState

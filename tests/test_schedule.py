@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygym.config import ConfigError, RolloutConfig, parse_config
+from raygym.config import ConfigError, RolloutConfig
+from raygym.config_file import parse_config
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
 from raygym.tasks import TaskCursor, validation_tasks
 from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Sampling, Trajectory

@@ -16,7 +16,8 @@ from test_episode import Talk, episode, renderer  # noqa: F401 - a fixture
 from virtual_time import virtually
 
 from raygym.chat import ChatRenderer
-from raygym.config import ConfigError, PolicyConfig, load_config
+from raygym.config import ConfigError, PolicyConfig
+from raygym.config_file import load_config
 from raygym.engine import EngineError
 from raygym.engine_options import check_engine_options
 from raygym.latency_profile import MeasuredLatency

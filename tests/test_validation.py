@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 from test_run_files import collected
 
-from raygym.config import RunConfig, parse_config
+from raygym.config import RunConfig
+from raygym.config_file import parse_config
 from raygym.console import RunConsole
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected, RolloutStopped
