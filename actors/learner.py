@@ -1,8 +1,4 @@
-"""One DeepSpeed rank as a Ray actor. The only file that imports deepspeed.
-
-An update is exact whatever the number of ranks, the ZeRO stage and the micro-batches: token losses are summed and
-divided by what the whole mini-batch amounts to, which every rank knows, since every rank gets the whole batch.
-"""
+"""One DeepSpeed rank as a Ray actor, the `TrainEngine` of a `PolicyUpdate`. The only file that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -10,14 +6,12 @@ import os
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -26,18 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_sender import send_version
-from raygym.algorithms.losses import k1_kl
-from raygym.algorithms.objective import loss_divisor, objective
 from raygym.config import LearnerConfig
-from raygym.packing import MicroBatch, assign_micro_batches, pack, packed_order
+from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs, check_model
 from raygym.types import Float32Array, TrainSequence
+from raygym.update import LearnStats, PolicyUpdate
 from raygym.weights import Manifest, plan_manifest
-
-LearnStats = dict[str, float]
-"""What `LearnerActor.update` returns."""
-
-_SUMS = ("loss", "kl", "reference_kl", "entropy", "clip_fraction")
 
 
 class LearnerActor:
@@ -49,7 +37,6 @@ class LearnerActor:
         self.config = config
         self._model_dir = model_dir
         self._temperature = temperature
-        self._updates = 0
         self._weight_group = ""
         self._device = torch.device("cuda" if config.gpus_per_learner else "cpu")
 
@@ -95,7 +82,6 @@ class LearnerActor:
             timeout=timedelta(seconds=config.update_timeout_s),
         )
         self.policy = self._load_policy()
-        self._reference = TokenLogprobs(self._load_policy()) if config.kl_coef else None
         model = TokenLogprobs(self.policy)
         check_model(model)
         # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
@@ -103,6 +89,15 @@ class LearnerActor:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
         optimizer.state.clear()
+        self._update = PolicyUpdate(
+            config,
+            self,
+            self._temperature,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self._device,
+            reference=TokenLogprobs(self._load_policy()) if config.kl_coef else None,
+        )
 
     def _load_policy(self) -> Any:
         policy: Any = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))
@@ -123,130 +118,34 @@ class LearnerActor:
         }
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
-        """Make `mini_batches` optimizer updates from one step's sequences, in group order. All ranks at once.
+        """One step's optimizer updates; see `PolicyUpdate.run`. All ranks at once."""
+        return self._update.run(sequences)
 
-        Each mini-batch is a contiguous, nearly equal part. One without signal (all advantages 0, or no trained token)
-        still is an AdamW step: gradients are 0 but momentum and weight decay act, as for any other small gradient.
+    def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
+        """Logprobs of the trained tokens of this rank's share; see `PolicyUpdate.token_logprobs`. All ranks at once."""
+        return self._update.token_logprobs(sequences)
 
-        Returns:
-            Of all ranks together: `loss`, `entropy`, `kl` (mean of behaviour - current logprob: k1 of the engine's
-            policy to this one), `reference_kl` (by `kl_estimator`; 0 without kl_coef) and `clip_fraction`, means over
-            trained tokens (`loss`: by `loss_mean`, over all sequences; without a KL term, sequences of advantage 0 are
-            not computed at all);
-            `grad_norm` (before clipping, mean of the updates) and `lr` (of the last); `logprob_abs_diff` and
-            `logprob_abs_diff_max`, |learner - engine| over the trained tokens of the first mini-batch, so with the
-            very weights that sampled if the batch is on-policy; `tokens_trained`, `tokens_total`,
-            `padding_fraction` (of all computed positions), `seconds`.
-        """
-        started = time.monotonic()
-        # loss ... clip_fraction, |diff|, tokens, cells; reduced over ranks once, at the end.
-        totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
-        worst = torch.zeros((), dtype=torch.float64, device=self._device)
-        divisors, trained, first_trained, norms = 0.0, 0, 0, []
-        for number, part in enumerate(np.array_split(np.arange(len(sequences)), self.config.mini_batches)):
-            mini_batch = [sequences[index] for index in part]
-            divisor = loss_divisor(self.config, mini_batch)
-            computed = self._with_signal(mini_batch)
-            sums, differences = self._accumulate_gradients(computed, divisor)
-            totals += sums
-            divisors += divisor
-            trained += (with_gradient := sum(int(sequence.loss_mask.sum()) for sequence in computed))
-            if number == 0:
-                totals[len(_SUMS)] = differences.sum()
-                worst, first_trained = differences.amax(), with_gradient
-            norms.append(self._step())
-        dist.all_reduce(totals)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        *sums_, difference, tokens, cells = totals.tolist()
-        return {
-            **{name: value / max(1, trained) for name, value in zip(_SUMS, sums_, strict=True)},
-            "loss": sums_[0] / max(1.0, divisors),
-            "grad_norm": sum(norms) / len(norms),
-            "lr": self._lr(self._updates - 1),
-            "logprob_abs_diff": difference / max(1, first_trained),
-            "logprob_abs_diff_max": worst.item(),
-            "tokens_trained": float(trained),
-            "tokens_total": tokens,
-            "padding_fraction": 1 - tokens / cells if cells else 0.0,
-            "seconds": time.monotonic() - started,
-        }
+    def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Of `TrainEngine`."""
+        logprobs_N, entropies_N = self._engine(batch, self._temperature)
+        return logprobs_N, entropies_N
 
-    def _with_signal(self, mini_batch: list[TrainSequence]) -> list[TrainSequence]:
-        # Without a KL term, an advantage of 0 gives a gradient of exactly 0: nothing need be computed for it. One is
-        # kept where none has signal, so that every rank still steps and the engine is still compared.
-        if self.config.kl_coef:
-            return mini_batch
-        return [sequence for sequence in mini_batch if sequence.advantage != 0.0] or mini_batch[:1]
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Of `TrainEngine`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
 
-    def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
-        lengths = [len(sequence.token_ids) for sequence in sequences]
-        return assign_micro_batches(lengths, self.world_size, self.config.tokens_per_micro_batch)[self.rank]
-
-    def _accumulate_gradients(self, mini_batch: list[TrainSequence], divisor: float) -> tuple[Tensor, Tensor]:
-        """This rank's backward passes. Returns its totals (see `update`) and |learner - engine| of its tokens."""
-        micro_batches = self._micro_batches(mini_batch)
-        totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
-        differences = [torch.zeros(1, dtype=torch.float64, device=self._device)]
-        for number, indices in enumerate(micro_batches):
-            batch = pack([mini_batch[index] for index in indices]).to(self._device)
-            self._engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
-            logprobs_N, entropies_N = self._engine(batch, self._temperature)
-            loss, sums, difference_N = self._loss(batch, logprobs_N, entropies_N)
-            # DeepSpeed averages gradients over ranks; ours are parts of one sum.
-            self._engine.backward(loss * (self.world_size / max(1.0, divisor)))
-            totals[: len(_SUMS)] += sums
-            totals[-2] += batch.num_tokens
-            totals[-1] += batch.num_cells if indices else 0
-            differences.append(difference_N.double())
-        return totals, torch.cat(differences)
-
-    def _loss(self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss, the sums named by `_SUMS`, and |learner - engine| of each token."""
-        reference_N = None
-        if self._reference is not None:
-            with torch.no_grad():
-                reference_N, _ = self._reference(batch, self._temperature)
-        loss, reference_kl, clipped = objective(self.config, batch, logprobs_N, reference_N)
-        behaviour_kl_N = k1_kl(batch.behaviour_N, logprobs_N.detach()) * batch.mask_N
-        entropy = (entropies_N * batch.mask_N).sum()
-        sums = [loss.detach(), behaviour_kl_N.sum(), reference_kl, entropy, clipped]
-        return loss, torch.stack([value.double() for value in sums]), behaviour_kl_N.abs()
-
-    def _lr(self, update: int) -> float:
-        return self.config.lr * min(1.0, (update + 1) / max(1, self.config.warmup_steps))
-
-    def _step(self) -> float:
-        """One optimizer update. Returns the gradient's norm before clipping."""
+    def step(self, lr: float) -> float:
+        """Of `TrainEngine`."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = self._lr(self._updates)
+            group["lr"] = lr
         norm: Any = None
         if self.config.zero_stage == 0 and self.config.dtype == "float32":
             # Without ZeRO DeepSpeed clips without telling the norm; gradients are whole and reduced by now.
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
-        self._updates += 1
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
-
-    @torch.no_grad()
-    def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
-        """Logprobs of the trained tokens under the current weights. All ranks at once.
-
-        Returns:
-            For each sequence of this rank's share: its index -> T logprobs, 0 where the mask is False.
-        """
-        found: dict[int, Float32Array] = {}
-        for indices in self._micro_batches(sequences):
-            share = [sequences[index] for index in indices]
-            logprobs_N = self._engine(pack(share).to(self._device), self._temperature)[0].cpu().numpy()
-            start = 0
-            for item in packed_order(share):
-                sequence, result = share[item], np.zeros(len(share[item].token_ids), dtype=np.float32)
-                count = int(sequence.loss_mask.sum())
-                result[sequence.loss_mask] = logprobs_N[start : start + count]
-                found[indices[item]] = result
-                start += count
-        return found
 
     def weight_specs(self) -> list[tuple[str, tuple[int, ...]]]:
         """Hugging Face name and whole shape of every parameter, in order; a tied tensor once, under its first name."""

@@ -10,9 +10,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from raygym.actors.learner import LearnerActor, LearnStats
+from raygym.actors.learner import LearnerActor
 from raygym.config import LearnerConfig
 from raygym.types import Float32Array, TrainSequence
+from raygym.update import LearnStats
 
 _CLOSE_TIMEOUT_S = 10.0
 
