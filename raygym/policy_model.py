@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from raygym.logit_chunk import CHUNK_LOGITS
 from raygym.packing import MicroBatch
 
-CHUNK_LOGITS = 2**26
-"""Logits (C x V) kept at a time; 256 MiB in fp32."""
 # How configs name what is done to logits after the output head's matrix product.
 _SOFTCAPS, _FACTORS, _DIVISORS = (
     ("final_logit_softcapping",),
