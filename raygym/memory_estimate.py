@@ -19,6 +19,7 @@ from raygym.model_shape import ModelShape
 
 GIB = 2**30
 _FP32 = 4
+_LOGIT_BLOCK_BYTES = 2**28
 CONTEXT_BYTES = int(1.5 * GIB)
 """Assumed for each process on a GPU: CUDA's context, NCCL's buffers, the libraries' workspaces."""
 USABLE_SHARE = 0.95
@@ -133,9 +134,11 @@ def _activations(setup: LearnerSetup) -> int:
         kept = shape.layers * shape.hidden * value + layer
     else:
         kept = shape.layers * layer
-    # A chunk of logits, and the same in fp32; of the hidden states before them, the gradient as well.
-    logits = min(tokens * shape.vocab, CHUNK_LOGITS) * (value + 2 * _FP32)
-    return tokens * (kept + 3 * shape.hidden * value) + logits
+    # One chunk of logits, whose gradient takes its place, and blocks of them in fp32 (`token_logprobs.py`). Of the final
+    # hidden states: themselves, those of trained tokens, and their gradient.
+    logits = min(tokens * shape.vocab, CHUNK_LOGITS)
+    blocks = 3 * min(_FP32 * logits, _LOGIT_BLOCK_BYTES)
+    return tokens * (kept + 3 * shape.hidden * value) + logits * value + blocks
 
 
 def _buffers(setup: LearnerSetup, trained: int) -> int:
