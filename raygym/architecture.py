@@ -1,4 +1,4 @@
-"""The config.json of `policy.model`: from the policy's files, or of a published model from those in `architectures/`."""
+"""The config.json of `policy.model`: from the policy's files, or those of published models in `architectures/`."""
 
 from __future__ import annotations
 

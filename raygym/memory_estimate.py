@@ -1,4 +1,4 @@
-"""What the parts of a run need of a GPU's memory, or of a machine's where there are none. In bytes, before anything runs.
+"""What the parts of a run need of a GPU's memory, or of a machine's where there are none, before anything runs.
 
 A learner's states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): with P parameters in bf16, mixed-precision
 Adam keeps 2 P of weights, 2 P of gradients and K P = 12 P of optimizer states (fp32 weights and two moments). Stage 1
@@ -25,7 +25,7 @@ CONTEXT_BYTES = int(1.5 * GIB)
 USABLE_SHARE = 0.95
 """Assumed of a learner's GPU: the rest is lost to fragmentation."""
 CUDA_GRAPH_BYTES = GIB
-"""Assumed for an engine's captured CUDA graphs; vLLM takes them from beyond `gpu_memory_utilization`."""
+"""Assumed for an engine's captured CUDA graphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,8 @@ def estimate_learner(setup: LearnerSetup) -> Memory:
     # The step turns its share of the gradients into fp32; activations are gone by then.
     step = 0 if setup.bytes_per_value == _FP32 or setup.offload_optimizer else _FP32 * owned
     return Memory(
-        weights=(0 if setup.offload_parameters else weights) + setup.reference * shape.parameters * setup.bytes_per_value,
+        weights=(0 if setup.offload_parameters else weights)
+        + setup.reference * shape.parameters * setup.bytes_per_value,
         gradients=0 if setup.offload_optimizer and stage >= 2 else gradients,
         optimizer=0 if setup.offload_optimizer else optimizer,
         activations=max(step, _activations(setup)),
@@ -130,12 +131,9 @@ def activation_bytes_per_token(shape: ModelShape, bytes_per_value: int) -> int:
 def _activations(setup: LearnerSetup) -> int:
     shape, tokens, value = setup.shape, setup.micro_batch_tokens, setup.bytes_per_value
     layer = activation_bytes_per_token(shape, value)
-    if setup.gradient_checkpointing:
-        kept = shape.layers * shape.hidden * value + layer
-    else:
-        kept = shape.layers * layer
-    # One chunk of logits, whose gradient takes its place, and blocks of them in fp32 (`token_logprobs.py`). Of the final
-    # hidden states: themselves, those of trained tokens, and their gradient.
+    kept = shape.layers * shape.hidden * value + layer if setup.gradient_checkpointing else shape.layers * layer
+    # One chunk of logits, whose gradient takes its place, and blocks of them in fp32 (`token_logprobs.py`). Of the
+    # final hidden states: themselves, those of trained tokens, and their gradient.
     logits = min(tokens * shape.vocab, CHUNK_LOGITS)
     blocks = 3 * min(_FP32 * logits, _LOGIT_BLOCK_BYTES)
     return tokens * (kept + 3 * shape.hidden * value) + logits * value + blocks
@@ -163,8 +161,8 @@ class EngineSetup:
     kv_bytes_per_value: int | None = None
     """None: as the weights."""
     gpu_memory_utilization: float = 0.92
-    max_num_batched_tokens: int = 8192
-    max_num_seqs: int = 1024
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 128
     enforce_eager: bool = False
     kv_cache_bytes: int | None = None
     """Given instead of what is left of a GPU, as on CPU."""
@@ -190,16 +188,17 @@ def estimate_engine(setup: EngineSetup, device_bytes: int) -> Memory:
     if setup.kv_cache_bytes is not None:
         return Memory(weights=weights, activations=activations, kv_cache=setup.kv_cache_bytes)
     allowed = int(setup.gpu_memory_utilization * device_bytes)
+    buffers = CONTEXT_BYTES + (0 if setup.enforce_eager else CUDA_GRAPH_BYTES)
     return Memory(
         weights=weights,
         activations=activations,
-        kv_cache=allowed - weights - activations - CONTEXT_BYTES,
-        buffers=CONTEXT_BYTES + (0 if setup.enforce_eager else CUDA_GRAPH_BYTES),
+        kv_cache=allowed - weights - activations - buffers,
+        buffers=buffers,
     )
 
 
 def _engine_activations(setup: EngineSetup) -> int:
-    """At the peak of a full batch: a layer's input and output, its widest inner states, and the logits to sample from."""
+    """At the peak of a full batch: a layer's input and output, its widest inner states; or the logits."""
     shape, value = setup.shape, setup.bytes_per_value
     width = shape.experts_per_token * shape.expert_intermediate if shape.experts else shape.intermediate
     inner = max(shape.query_size + 2 * shape.kv_size, 3 * width)

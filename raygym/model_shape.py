@@ -125,7 +125,9 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     try:
         return _shape(str(kind), config)
     except KeyError as error:
-        raise UnknownShape(f"config.json: {error.args[0]} is missing; expected a config of model_type {kind}") from error
+        raise UnknownShape(
+            f"config.json: {error.args[0]} is missing; expected a config of model_type {kind}"
+        ) from error
 
 
 def _shape(kind: str, config: Mapping[str, Any]) -> ModelShape:
@@ -135,7 +137,8 @@ def _shape(kind: str, config: Mapping[str, Any]) -> ModelShape:
     sparse = [
         layer
         for layer in range(layers if experts else 0)
-        if layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+        if layer not in (config.get("mlp_only_layers") or ())
+        and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
     ]
     return ModelShape(
         layers=layers,

@@ -1,4 +1,4 @@
-"""How fast a policy can be generated with and trained on a device that is known by its two limits, arithmetic and memory.
+"""How fast a policy generates and is trained on a device of which two limits are known: arithmetic and memory.
 
 The roofline model (Williams, Waterman and Patterson, CACM 52(4), 2009), with a share of each limit that is reached in
 practice. What an engine's step computes and what it reads are added, which is slower than the larger of the two by at
@@ -62,7 +62,8 @@ def engine_costs(setup: EngineSetup, device: Device, kv_bytes: int, chunked_pref
     shape, reached = setup.shape, device.bytes_per_s * device.bandwidth_share
     # Pipeline stages hold a part of the layers each but wait for one another.
     ranks = setup.tensor_parallel
-    read_s = setup.bytes_per_value * (shape.parameters - (0 if shape.tied else shape.vocab * shape.hidden)) / ranks / reached
+    read = shape.parameters - (0 if shape.tied else shape.vocab * shape.hidden)
+    read_s = setup.bytes_per_value * read / ranks / reached
     token_s = 2 * shape.matrix_parameters / ranks / (device.flops * device.prefill_share)
     blocks = kv_bytes // (setup.kv_bytes_per_token * _BLOCK)
     return BatchingConfig(
