@@ -16,7 +16,6 @@ from raygym.preflight import Checked, check_inputs, check_what_is_here
 from raygym.roofline import H100
 from raygym.run_estimate import Cluster, default_workload, estimate_run
 
-
 # Fields of `Workload`, and the options that set them.
 _WORKLOAD = {
     "turns": "turns",
@@ -66,10 +65,8 @@ def _shape(config: RunConfig, checked: Checked) -> tuple[ModelShape | None, str,
     if architecture is None:
         near = difflib.get_close_matches(model, published_models(), n=2) if is_hub_id(model) else []
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        why = (
-            f"memory and time: nothing here says what {model} looks like; {hint}Copy at least its config.json and give"
-        )
-        return None, where, (f"{why} its directory, or use --strict, which downloads it",)
+        why = f"memory and time: nothing here says what {model} looks like; {hint}give a directory with its files"
+        return None, where, (f"{why}, or use --strict, which downloads them",)
     try:
         shape = read_shape(architecture.config)
     except UnknownShape as error:
