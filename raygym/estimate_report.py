@@ -94,8 +94,12 @@ def _assumptions(config: RunConfig, estimate: RunEstimate, cluster: Cluster, tim
     else:
         lines.append(f"  assumed of CPU cores: those of this machine, each 128 GFLOP/s; weights are sent at "
                      f"{cluster.sync_gib_per_s:g} GiB/s")  # fmt: skip
-    if time.preemptions:
-        lines.append(f"  {time.preemptions} requests were preempted for want of KV cache")
+    if time.engines < config.policy.replicas:
+        lines.append(
+            f"  told from {time.engines} of {config.policy.replicas} engines, with their share of the episodes"
+        )
+    if time.preemptions >= 1:
+        lines.append(f"  {time.preemptions:,.0f} requests a step are preempted for want of KV cache")
     return lines
 
 

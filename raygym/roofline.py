@@ -13,7 +13,7 @@ from raygym.batching_config import BatchingConfig
 from raygym.memory_estimate import EngineSetup
 from raygym.model_shape import ModelShape
 
-_BLOCK = 64
+_BLOCK = 256
 """Tokens of a simulated KV block; vLLM's are smaller, which matters to what prefixes share only."""
 
 

@@ -125,6 +125,7 @@ def learner_setup(config: RunConfig, shape: ModelShape) -> LearnerSetup:
         bytes_per_value=2 if learner.dtype == "bfloat16" else 4,
         tokens_per_micro_batch=learner.tokens_per_micro_batch,
         longest_sequence=context_tokens(config, shape),
+        gradient_checkpointing=learner.gradient_checkpointing,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
         reference=learner.kl_coef > 0,
@@ -257,6 +258,8 @@ def _late(config: RunConfig, time: TimeSplit, learner: Memory) -> list[str]:
         ("sync.timeout_s", config.sync.timeout_s, time.sync_s),
         ("learner.update_timeout_s", config.learner.update_timeout_s, time.learn_s),
         ("validation.deadline_s", config.validation.deadline_s, time.validate_s),
+        ("rollout.turn_timeout_s", config.rollout.turn_timeout_s, time.longest_turn_s),
+        ("rollout.episode_timeout_s", config.rollout.episode_timeout_s, time.longest_episode_s),
     ):
         if seconds > allowed_s / 2:
             found.append(f"{key}: {allowed_s:g} s are near the {seconds:.0f} s that are expected; raise it")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from math import inf
 
@@ -20,6 +20,8 @@ from raygym.tasks import TaskCursor, turn_seed, validation_tasks
 from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Int32Array, Sampling, Task, Trajectory
 
 _MEASURED_STEPS = 2
+_MOST_TURNS = 1500
+"""Of one simulated step. A run that has more is simulated with fewer engines, and with their share of its episodes."""
 _NOTHING = np.zeros(0, np.int32)
 _TOKEN_IDS = 2**15
 """Drawn below it; only which are equal matters."""
@@ -68,8 +70,13 @@ class TimeSplit:
     """A step."""
     sequence_tokens: float
     """Of an episode, the mean."""
-    preemptions: int
-    """Requests that left an engine's batch for want of KV cache, over all simulated steps."""
+    preemptions: float
+    """Requests that left an engine's batch for want of KV cache, a step."""
+    longest_turn_s: float
+    """A generation, with its wait for a place in the engine's batch."""
+    longest_episode_s: float
+    engines: int
+    """Simulated; those of the run, or a part of them that is told from."""
 
     @property
     def step_s(self) -> float:
@@ -79,8 +86,8 @@ class TimeSplit:
 
 def simulate_steps(config: RunConfig, costs: StepCosts, workload: Workload) -> TimeSplit:
     """Play some steps of the run: the first ones to get under way, and the mean of the last two is told."""
-    warm_up = 1 + config.rollout.max_staleness
-    number = warm_up + _MEASURED_STEPS
+    number = 1 + config.rollout.max_staleness + _MEASURED_STEPS
+    config, costs, whole = _part(config, costs, workload)
     play = _Play(config, costs, workload, steps=number + config.rollout.max_staleness + 1)
     waits, learns, generated, lengths = [], [], [], []
     for step in range(number):
@@ -88,7 +95,7 @@ def simulate_steps(config: RunConfig, costs: StepCosts, workload: Workload) -> T
         collected = play.collect(step)
         waits.append(play.now_s - began_s)
         lengths = [play.tokens_of(t) for group in collected.groups for t in group.trajectories]
-        learns.append(costs.learn_s(lengths))
+        learns.append(costs.learn_s(lengths) * whole)
         play.go_on(learns[-1] + costs.sync_s)
         play.publish(step + 1)
         generated.append(play.generated_tokens - made)
@@ -98,10 +105,32 @@ def simulate_steps(config: RunConfig, costs: StepCosts, workload: Workload) -> T
         learn_s=float(np.mean(learns[last])),
         sync_s=costs.sync_s,
         validate_s=_validate_s(config, costs, workload),
-        generated_tokens=float(np.mean(generated[last])),
+        generated_tokens=float(np.mean(generated[last])) * whole,
         sequence_tokens=float(np.mean(lengths)),
-        preemptions=play.preemptions,
+        preemptions=play.preemptions * whole / number,
+        longest_turn_s=play.longest_turn_s,
+        longest_episode_s=play.longest_episode_s,
+        engines=costs.replicas,
     )
+
+
+def _part(config: RunConfig, costs: StepCosts, workload: Workload) -> tuple[RunConfig, StepCosts, float]:
+    """The run, or so many of its engines as is quick to simulate; and how much larger the whole run is."""
+    rollout = config.rollout
+    allowed = max(env.max_turns or rollout.max_turns for env in config.envs)
+    turns = rollout.groups_per_step * rollout.group_size * min(allowed, workload.turns or allowed)
+    engines = max(1, min(costs.replicas, costs.replicas * _MOST_TURNS // turns))
+    groups = max(1, round(rollout.groups_per_step * engines / costs.replicas))
+    if engines == costs.replicas:
+        return config, costs, 1.0
+    whole = rollout.groups_per_step / groups
+    places = max(1, round(rollout.max_concurrent / whole))
+    validation = {"tasks": round(config.validation.tasks / whole)}
+    changes = {
+        "rollout": rollout.model_copy(update={"groups_per_step": groups, "max_concurrent": places}),
+        "validation": config.validation.model_copy(update=validation),
+    }
+    return config.model_copy(update=changes), replace(costs, replicas=engines), whole
 
 
 def _validate_s(config: RunConfig, costs: StepCosts, workload: Workload) -> float:
@@ -119,6 +148,8 @@ class _Episode:
     turns_left: int
     most_tokens: int
     engine: ContinuousBatching
+    began_s: float
+    asked_s: float = 0.0
     turn: int = 0
     request: BatchedRequest | None = None
     """That it waits for; None while its environment works."""
@@ -134,6 +165,8 @@ class _Play:
     steps: int
     now_s: float = 0.0
     generated_tokens: int = 0
+    longest_turn_s: float = 0.0
+    longest_episode_s: float = 0.0
     _scheduler: Scheduler = field(init=False)
     _engines: list[ContinuousBatching] = field(init=False)
     _playing: dict[Assignment, _Episode] = field(default_factory=dict)
@@ -214,6 +247,7 @@ class _Play:
             min(allowed, self.workload.turns or allowed),
             env.max_tokens_per_turn or self.config.rollout.max_tokens_per_turn,
             min(self._engines, key=lambda engine: engine.running + engine.waiting),
+            self.now_s,
         )
         self._ask(episode)
 
@@ -226,6 +260,7 @@ class _Play:
         room = self.costs.max_model_len - len(episode.token_ids)
         length = int(np.clip(round(drawn), 1, min(episode.most_tokens, room)))
         made = rng.integers(0, _TOKEN_IDS, length, np.int32)
+        episode.asked_s = self.now_s
         episode.request = episode.engine.submit(self.now_s, episode.token_ids, made)
         self._asked[episode.request] = episode
 
@@ -235,6 +270,7 @@ class _Play:
         episode.turns_left -= 1
         episode.token_ids = request.token_ids
         self.generated_tokens += request.length
+        self.longest_turn_s = max(self.longest_turn_s, self.now_s - episode.asked_s)
         observed = len(request.token_ids) + self.workload.observation_tokens
         if episode.turns_left and observed < self.costs.max_model_len:
             observation = np.full(self.workload.observation_tokens, episode.turn, np.int32)
@@ -243,6 +279,7 @@ class _Play:
             return
         assignment = episode.assignment
         del self._playing[assignment]
+        self.longest_episode_s = max(self.longest_episode_s, self.now_s - episode.began_s)
         self._lengths[assignment.group_id, assignment.episode] = len(request.token_ids)
         self._scheduler.finish(assignment, _finished(assignment))
 
