@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_sender import send_version
 from raygym.config import LearnerConfig
+from raygym.model_flops import ModelFlops, known_peak_tflops
 from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs, check_model
 from raygym.types import Float32Array, TrainSequence
@@ -84,6 +85,7 @@ class LearnerActor:
         self.policy = self._load_policy()
         model = TokenLogprobs(self.policy)
         check_model(model)
+        flops = ModelFlops.of(self.policy)
         # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
         # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
@@ -97,7 +99,16 @@ class LearnerActor:
             world_size=self.world_size,
             device=self._device,
             reference=TokenLogprobs(self._load_policy()) if config.kl_coef else None,
+            flops=flops,
+            peak_flops=self._peak_flops(),
         )
+
+    def _peak_flops(self) -> float | None:
+        """What this rank's device can do in `dtype`, operations a second."""
+        tflops = self.config.peak_tflops
+        if tflops is None and self._device.type == "cuda" and self.config.dtype == "bfloat16":
+            tflops = known_peak_tflops(torch.cuda.get_device_name())
+        return tflops * 1e12 if tflops is not None else None
 
     def _load_policy(self) -> Any:
         policy: Any = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))
@@ -144,6 +155,9 @@ class LearnerActor:
             # Without ZeRO DeepSpeed clips without telling the norm; gradients are whole and reduced by now.
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
+            if not norm.isfinite():
+                return float(norm)
+        # Its other optimizers look at the norm themselves, and step only where it is finite.
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 

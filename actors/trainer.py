@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from raygym.actors.session import Session
+from raygym.alarm_watch import AlarmWatch
 from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
+from raygym.batch_statistics import advantage_histogram, batch_metrics
 from raygym.config import RunConfig
 from raygym.console import RunConsole
-from raygym.metrics import rollout_metrics
+from raygym.histogram import Histogram
+from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
 from raygym.run_files import RunFiles
 from raygym.validation import ValidationStream
 
@@ -35,6 +38,8 @@ class Trainer:
         self._console = console
         self._advantages = ADVANTAGES[config.learner.advantage]
         self._metrics: dict[str, float] = {}
+        self._more: dict[str, str | Histogram] = {}
+        self._alarms = AlarmWatch(config, files, console)
         self._doing = ""
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
 
@@ -49,47 +54,33 @@ class Trainer:
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
                 sequences = train_sequences(collected.groups, self._advantages)
+                self._metrics |= rollout_metrics(collected, version) | batch_metrics(collected.groups, sequences)
+                self._alarms.require_finite(step + 1, self._metrics, collected)
+                self._more["advantage/histogram"] = advantage_histogram(sequences)
                 with self._timed("learn"):
-                    learned = session.learners.update(sequences)
+                    self._metrics |= learn_metrics(session.learners.update(sequences))
+                self._alarms.require_finite(step + 1, self._metrics, collected)
                 with self._timed("validate_wait"):  # it is played by the weights that go now
                     self._validation.wait()
                 with self._timed("sync"):
                     published = session.weights.publish(version + 1)
-                self._record(collected, version, learned, published)
+                self._metrics |= sync_metrics(published)
+                self._more["sync/checksum"] = self._checksum = published.checksum
                 version = published.version
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
+                self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
             self._log(step + 1)
+            if self._alarms.stop is not None:
+                self._finish(version)  # the policy is saved, and the validation that plays it waited for
+                raise self._alarms.stop
         return self._finish(version)
-
-    def _record(self, collected: Any, version: int, learned: Any, published: Any) -> None:
-        self._metrics |= rollout_metrics(collected, version)
-        self._metrics |= {
-            "policy/logprob_abs_diff": learned["logprob_abs_diff"],
-            "policy/logprob_abs_diff_max": learned["logprob_abs_diff_max"],
-            "policy/kl": learned["kl"],
-            "policy/entropy": learned["entropy"],
-            "policy/clip_fraction": learned["clip_fraction"],
-            "policy/reference_kl": learned["reference_kl"],
-            "loss": learned["loss"],
-            "lr": learned["lr"],
-            "grad/norm": learned["grad_norm"],
-            "tokens/trained": learned["tokens_trained"],
-            "tokens/total": learned["tokens_total"],
-            "tokens/padding_fraction": learned["padding_fraction"],
-            "sync/bytes": published.nbytes,
-            "sync/broadcast_s": published.broadcast_s,
-            "sync/apply_s": published.apply_s,
-            "sync/gib_per_s": published.nbytes / 2**30 / published.broadcast_s,
-            "sync/turns_restarted": published.turns_restarted,
-            "sync/turns_late": published.turns_late,
-        }
-        self._checksum = published.checksum
 
     def _log(self, step: int) -> None:
         metrics, self._metrics = self._metrics, {}
-        row = {**metrics, "sync/checksum": self._checksum}
+        more, self._more = self._more, {}
+        row = {**metrics, **more}
         if self._validation.due(step):
             held = self._files.hold(step, row)
             self._console.step(step, metrics)

@@ -16,13 +16,13 @@ from test_run_files import collected
 
 from raygym.actors.session import Session
 from raygym.actors.trainer import Trainer
-from raygym.actors.weight_sync import Published
 from raygym.config import RunConfig
 from raygym.config_file import parse_config
 from raygym.console import RunConsole
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected
 from raygym.types import Task
+from raygym.weights import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
