@@ -107,7 +107,7 @@ class UpdateStatistics:
         Returns:
             Everything of `PolicyUpdate.run` but `lr` and `grad_norm`; there `loss` is the sum still.
         """
-        self._max("seconds", seconds)
+        self._max("seconds", max(seconds, 1e-9))
         sums_K = torch.stack([self._sums[name] for name in _SUMS])
         maxima_K = torch.stack([self._maxima[name] for name in _MAXIMA])
         if world_size > 1:
@@ -115,7 +115,7 @@ class UpdateStatistics:
             dist.all_reduce(maxima_K, op=dist.ReduceOp.MAX)
         sums = dict(zip(_SUMS, sums_K.tolist(), strict=True))
         maxima = dict(zip(_MAXIMA, maxima_K.tolist(), strict=True))
-        return _token_statistics(sums, maxima) | _speed(sums, max(maxima["seconds"], 1e-9), world_size, flops, peak_flops)
+        return _token_statistics(sums, maxima) | _speed(sums, maxima["seconds"], world_size, flops, peak_flops)
 
     def _sum(self, name: str, value: Tensor | float) -> None:
         self._sums[name] += torch.as_tensor(value, dtype=torch.float64, device=self._device)
