@@ -32,6 +32,7 @@ _LEARNED: Mapping[str, str] = MappingProxyType(
         "tokens/trained": "tokens_trained",
         "tokens/total": "tokens_total",
         "tokens/padding_fraction": "padding_fraction",
+        "tokens/shared_fraction": "shared_fraction",
         "learn/tokens_per_s": "tokens_per_s",
     }
 )

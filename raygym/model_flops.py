@@ -45,7 +45,7 @@ class ModelFlops:
     """All layers, without attention between tokens."""
     per_trained_token: float
     """The output head: the learner computes it only where a trained token is predicted."""
-    per_squared_length: float
+    per_pair: float
     """Attention, for each of the T x T pairs of a sequence's tokens: as the source counts them, masked or not."""
 
     @classmethod
@@ -66,16 +66,15 @@ class ModelFlops:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(float(body), float(_cost(head)), 12.0 * config.num_hidden_layers * heads * head_size)
 
-    def training(self, tokens: float, trained_tokens: float, squared_lengths: float) -> float:
+    def training(self, tokens: float, trained_tokens: float, pairs: float) -> float:
         """Operations of an update.
 
         Args:
             tokens: that were computed, without padding.
             trained_tokens: those of them that are in the loss.
-            squared_lengths: T x T, summed over the sequences.
+            pairs: T x T, summed over the sequences; of what several begin with, counted once.
         """
-        attention = self.per_squared_length * squared_lengths
-        return self.per_token * tokens + self.per_trained_token * trained_tokens + attention
+        return self.per_token * tokens + self.per_trained_token * trained_tokens + self.per_pair * pairs
 
 
 def known_peak_tflops(device_name: str) -> float | None:

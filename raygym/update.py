@@ -20,8 +20,9 @@ from torch import Tensor
 from raygym.algorithms.objective import Objective, loss_divisor, objective
 from raygym.learner_config import LearnerConfig
 from raygym.model_flops import ModelFlops
-from raygym.packing import MicroBatch, assign_micro_batches, pack, packed_order
+from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
+from raygym.policy_packing import ROWS, Packing
 from raygym.types import Float32Array, TrainSequence
 from raygym.update_statistics import LearnStats, UpdateStatistics
 
@@ -53,6 +54,7 @@ class PolicyUpdate:
         engine: TrainEngine,
         temperature: float,
         *,
+        packing: Packing = ROWS,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
@@ -66,6 +68,7 @@ class PolicyUpdate:
             config: `learner` of the run.
             engine: the policy that learns.
             temperature: of the sampling; logprobs are of the distribution that was sampled from.
+            packing: of the micro-batches; policy and reference must be able to compute it.
             rank: of this process in the default process group.
             world_size: how many ranks there are; with 1 there need not be a process group.
             device: where the policy is; the CPU by default.
@@ -76,6 +79,7 @@ class PolicyUpdate:
         self._config = config
         self._engine = engine
         self._temperature = temperature
+        self._packing = packing
         self._rank = rank
         self._world_size = world_size
         self._device = device or torch.device("cpu")
@@ -106,9 +110,10 @@ class PolicyUpdate:
             `logprob_abs_diff`, `logprob_abs_diff_max`: |learner - engine| over the first mini-batch, so with the very
             weights that sampled if the batch is on-policy;
             `grad_norm` (before clipping, mean of the updates) and `lr` (of the last);
-            `tokens_trained`, `tokens_total`, `padding_fraction` (of all computed positions);
-            `seconds` of the slowest rank, `tokens_per_s` (all computed tokens), and where they are known
-            `tflops_per_s` and `mfu` (see `ModelFlops`).
+            `tokens_trained`, `tokens_total`, `shared_fraction` (of those, what was not computed since another sequence
+            has it), `padding_fraction` (of all computed positions);
+            `seconds` of the slowest rank, `tokens_per_s` (of `tokens_total`), and where they are known `tflops_per_s`
+            and `mfu` (see `ModelFlops`; of what was computed).
         """
         started = time.monotonic()
         statistics = UpdateStatistics(self._device)
@@ -140,13 +145,12 @@ class PolicyUpdate:
         found: dict[int, Float32Array] = {}
         for indices in self._micro_batches(sequences):
             share = [sequences[index] for index in indices]
-            logprobs_N = self._engine.logprobs(pack(share).to(self._device))[0].cpu().numpy()
+            logprobs_N = self._engine.logprobs(self._packing.pack(share).to(self._device))[0].cpu().numpy()
             start = 0
-            for item in packed_order(share):
-                sequence, result = share[item], np.zeros(len(share[item].token_ids), dtype=np.float32)
+            for index, sequence in zip(indices, share, strict=True):
+                found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
                 count = int(sequence.loss_mask.sum())
-                result[sequence.loss_mask] = logprobs_N[start : start + count]
-                found[indices[item]] = result
+                found[index][sequence.loss_mask] = logprobs_N[start : start + count]
                 start += count
         return found
 
@@ -158,8 +162,8 @@ class PolicyUpdate:
         return [sequence for sequence in mini_batch if sequence.advantage != 0.0] or mini_batch[:1]
 
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
-        lengths = [len(sequence.token_ids) for sequence in sequences]
-        return assign_micro_batches(lengths, self._world_size, self._config.tokens_per_micro_batch)[self._rank]
+        budget = self._config.tokens_per_micro_batch
+        return self._packing.assign(sequences, self._world_size, budget)[self._rank]
 
     def _accumulate_gradients(
         self, mini_batch: list[TrainSequence], divisor: float, statistics: UpdateStatistics, *, first: bool
@@ -167,14 +171,13 @@ class PolicyUpdate:
         """This rank's backward passes, counted in `statistics`."""
         micro_batches = self._micro_batches(mini_batch)
         for number, indices in enumerate(micro_batches):
-            batch = pack([mini_batch[index] for index in indices]).to(self._device)
+            batch = self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
             logprobs_N, entropies_N = self._engine.logprobs(batch)
             parts = self._objective(batch, logprobs_N)
             # The mean over ranks counts; ours are parts of one sum.
             scaled = parts.loss * (self._world_size / max(1.0, divisor))
             self._engine.backward(scaled, last=number == len(micro_batches) - 1)
-            lengths = [len(mini_batch[index].token_ids) for index in indices]
-            statistics.add(batch, lengths, logprobs_N, entropies_N, parts, first=first)
+            statistics.add(batch, logprobs_N, entropies_N, parts, first=first)
 
     def _objective(self, batch: MicroBatch, logprobs_N: Tensor) -> Objective:
         reference_N = None

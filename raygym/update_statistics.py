@@ -7,8 +7,6 @@ result. With p the policy that sampled and q the one that learns, a token's rati
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,7 +22,7 @@ LearnStats = dict[str, float]
 # Float64 each. "sampled": of the first mini-batch, whose weights may be the ones that sampled.
 _SUMS = (
     "loss", "kl", "kl_k3", "reference_kl", "entropy", "clipped", "clipped_high", "ratio", "squared_ratio",
-    "squared_log_ratio", "sampled_difference", "sampled_trained", "trained", "tokens", "cells", "squared_lengths",
+    "squared_log_ratio", "sampled_difference", "sampled_trained", "trained", "tokens", "computed", "cells", "pairs",
 )  # fmt: skip
 _MAXIMA = ("ratio", "negative_ratio", "sampled_difference", "seconds")
 
@@ -47,7 +45,6 @@ class UpdateStatistics:
     def add(
         self,
         batch: MicroBatch,
-        lengths: Sequence[int],
         logprobs_N: Tensor,
         entropies_N: Tensor,
         parts: Objective,
@@ -58,7 +55,6 @@ class UpdateStatistics:
 
         Args:
             batch: as it was computed; one without tokens (`pack` of nothing) adds nothing.
-            lengths: tokens of each of its sequences.
             logprobs_N: under the weights that learn.
             entropies_N: of the distributions that they are of.
             parts: what the objective made of them.
@@ -80,8 +76,9 @@ class UpdateStatistics:
         self._sum("squared_log_ratio", log_ratio_N.square().sum())
         self._sum("trained", trained)
         self._sum("tokens", batch.num_tokens)
-        self._sum("cells", batch.num_cells if lengths else 0)
-        self._sum("squared_lengths", sum(length * length for length in lengths))
+        self._sum("computed", batch.num_computed)
+        self._sum("cells", batch.num_cells if batch.num_tokens else 0)
+        self._sum("pairs", batch.num_pairs)
         self._max("ratio", _counted(ratio_N, mask_N, -math.inf).amax())
         self._max("negative_ratio", _counted(-ratio_N, mask_N, -math.inf).amax())
         if first:
@@ -150,7 +147,8 @@ def _token_statistics(sums: dict[str, float], maxima: dict[str, float]) -> Learn
         "logprob_abs_diff_max": max(maxima["sampled_difference"], 0.0),
         "tokens_trained": trained,
         "tokens_total": sums["tokens"],
-        "padding_fraction": 1 - sums["tokens"] / sums["cells"] if sums["cells"] else 0.0,
+        "shared_fraction": 1 - sums["computed"] / sums["tokens"] if sums["tokens"] else 0.0,
+        "padding_fraction": 1 - sums["computed"] / sums["cells"] if sums["cells"] else 0.0,
     }
 
 
@@ -159,7 +157,7 @@ def _speed(
 ) -> LearnStats:
     speed = {"seconds": seconds, "tokens_per_s": sums["tokens"] / seconds}
     if flops is not None:
-        rate = flops.training(sums["tokens"], sums["trained"], sums["squared_lengths"]) / seconds
+        rate = flops.training(sums["computed"], sums["trained"], sums["pairs"]) / seconds
         speed["tflops_per_s"] = rate / 1e12
         if peak_flops is not None:
             speed["mfu"] = rate / (world_size * peak_flops)
