@@ -7,6 +7,7 @@ result. With p the policy that sampled and q the one that learns, a token's rati
 from __future__ import annotations
 
 import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
