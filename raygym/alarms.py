@@ -55,7 +55,7 @@ class Alarms:
         reasons = {name: rule.look(metrics) for name, (_, rule) in self._rules.items()}
         before, self.holding = self.holding, frozenset(name for name, reason in reasons.items() if reason)
         begun = [name for name in reasons if name in self.holding - before]
-        return [Alarm(name, action, reasons[name]) for name in begun if (action := self._rules[name][0]) != "off"]
+        return [Alarm(name, self._rules[name][0], reasons[name]) for name in begun]
 
     def replay(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Take the rows of steps that are over, oldest first, as seen. Their alarms were told then."""

@@ -67,7 +67,7 @@ def _length_audit(
     lengths_N = [sum(turn.end - turn.start for turn in t.turns) for t in trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
     pairs = list(zip(lengths_N, advantages_N, strict=True))
-    subsets = {
+    subsets: dict[str, Sequence[float]] = {
         "length/generated_mean": lengths_N,
         "length/trained_mean": [length for length, advantage in pairs if advantage != 0.0],
         "length/positive_mean": [length for length, advantage in pairs if advantage > 0.0],
