@@ -11,7 +11,7 @@ Legend: H query heads, K key heads, T tokens, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -67,15 +67,13 @@ def forest_attention(
     asked = [name for name in _MISSING if kwargs.get(name) is not None]
     if asked or dropout or attention_mask is not None:
         raise NotImplementedError(f"forest attention has no {', '.join(asked) or 'dropout or mask'}")
-    groups = query_1HTD.shape[1] // key_1KTD.shape[1]
-    key_1HTD, value_1HTD = (_repeated(states, groups) for states in (key_1KTD, value_1KTD))
     scale = scaling if scaling is not None else query_1HTD.shape[-1] ** -0.5
-    states = (query_1HTD, key_1HTD, value_1HTD)
+    states = (query_1HTD, key_1KTD, value_1KTD)
     length = forest.length if forest else query_1HTD.shape[2]
     if sliding_window is not None and length > sliding_window:
         out_1HTD = dense(*states, forest or _one_sequence(length, query_1HTD.device), scale, sliding_window)
     elif forest is None:
-        out_1HTD = scaled_dot_product_attention(*states, is_causal=True, scale=scale)
+        out_1HTD = scaled_dot_product_attention(*states, is_causal=True, scale=scale, enable_gqa=True)
     else:
         out_1HTD = (cascade if query_1HTD.device.type == "cpu" else flex)(*states, forest, scale)
     return out_1HTD.transpose(1, 2).contiguous(), None
@@ -86,8 +84,8 @@ AttentionInterface.register(NAME, forest_attention)
 
 def dense(
     query_1HTD: Tensor,
-    key_1HTD: Tensor,
-    value_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
     forest: ForestLayout,
     scale: float,
     sliding_window: int | None = None,
@@ -98,10 +96,12 @@ def dense(
     seen_TT = (k_1T <= q_T1) & (q_T1 < forest.subtree_end_T[None])
     if sliding_window is not None:
         seen_TT &= forest.positions_T[:, None] - forest.positions_T[None] < sliding_window
-    return scaled_dot_product_attention(query_1HTD, key_1HTD, value_1HTD, attn_mask=seen_TT, scale=scale)
+    return scaled_dot_product_attention(
+        query_1HTD, key_1KTD, value_1KTD, attn_mask=seen_TT, scale=scale, enable_gqa=True
+    )
 
 
-def flex(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, forest: ForestLayout, scale: float) -> Tensor:
+def flex(query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, forest: ForestLayout, scale: float) -> Tensor:
     """With FlexAttention, which skips blocks of tokens that do not see each other."""
     attend, block_mask = _flex(query_1HTD.device.type)
     ends_T = forest.subtree_end_T
@@ -111,7 +111,7 @@ def flex(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, forest: Fores
 
     length = query_1HTD.shape[2]
     mask = block_mask(seen, None, None, length, length, device=query_1HTD.device)
-    out: Tensor = attend(query_1HTD, key_1HTD, value_1HTD, block_mask=mask, scale=scale)
+    out: Tensor = attend(query_1HTD, key_1KTD, value_1KTD, block_mask=mask, scale=scale, enable_gqa=True)
     return out
 
 
@@ -124,10 +124,12 @@ def _flex(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return attend, create_block_mask
 
 
-def cascade(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, forest: ForestLayout, scale: float) -> Tensor:
+def cascade(query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, forest: ForestLayout, scale: float) -> Tensor:
     """With a fused kernel for each node and for what continues it."""
-    out: Tensor = _Cascade.apply(query_1HTD, key_1HTD, value_1HTD, forest.nodes, scale)  # type: ignore[no-untyped-call]
-    return out
+    # Query heads of one key head become heads of one batch entry, so that keys are seen by all without a copy.
+    query_KGTD = query_1HTD[0].unflatten(0, (key_1KTD.shape[1], -1))
+    out_KGTD: Tensor = _Cascade.apply(query_KGTD, key_1KTD[0], value_1KTD[0], forest.nodes, scale)  # type: ignore[no-untyped-call]
+    return out_KGTD.flatten(0, 1)[None]
 
 
 class _Cascade(torch.autograd.Function):
@@ -136,70 +138,63 @@ class _Cascade(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scale: float) -> Tensor:
-        out_1HTD = torch.empty_like(query)
-        lse_1HT = torch.empty(query.shape[:3], dtype=torch.float32)
-        for node in nodes:
-            own = slice(node.start, node.end)
-            out_1HTD[:, :, own], lse_1HT[:, :, own] = _attend(query, key, value, own, own, scale, causal=True)
-        for node in nodes:
-            if node.subtree_end > node.end:
-                own, below = slice(node.start, node.end), slice(node.end, node.subtree_end)
-                part, part_lse = _attend(query, key, value, below, own, scale, causal=False)
-                before = lse_1HT[:, :, below]
-                lse = torch.logaddexp(before, part_lse)
-                out_1HTD[:, :, below] *= (before - lse).exp().to(part.dtype)[..., None]
-                out_1HTD[:, :, below] += part * (part_lse - lse).exp().to(part.dtype)[..., None]
-                lse_1HT[:, :, below] = lse
-        ctx.save_for_backward(query, key, value, out_1HTD, lse_1HT)
+        out = torch.empty_like(query)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        for queries, keys in _parts(nodes):
+            causal = queries == keys
+            seen = (_for_each_head(states[:, keys], query.shape[1]) for states in (key, value))
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, queries], *seen, 0.0, causal, scale=scale
+            )
+            if causal:
+                out[:, :, queries], lse[:, :, queries] = part, part_lse
+                continue
+            before, after = lse[:, :, queries], torch.logaddexp(lse[:, :, queries], part_lse)
+            out[:, :, queries] *= (before - after).exp_().to(part.dtype)[..., None]
+            out[:, :, queries].addcmul_(part, (part_lse - after).exp_().to(part.dtype)[..., None])
+            lse[:, :, queries] = after
+        ctx.save_for_backward(query, key, value, out, lse)
         ctx.nodes, ctx.scale = nodes, scale
-        return out_1HTD
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        (grad_1HTD,) = grads
+        (grad,) = grads
         query, key, value, out, lse = ctx.saved_tensors
-        dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for node in ctx.nodes:
-            own = slice(node.start, node.end)
-            parts = [(own, True)]
-            if node.subtree_end > node.end:
-                parts.append((slice(node.end, node.subtree_end), False))
-            for queries, causal in parts:
-                part_dq, part_dk, part_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad_1HTD[:, :, queries],
-                    query[:, :, queries],
-                    key[:, :, own],
-                    value[:, :, own],
-                    out[:, :, queries],
-                    lse[:, :, queries],
-                    0.0,
-                    causal,
-                    scale=ctx.scale,
-                )
+        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        for queries, keys in _parts(ctx.nodes):
+            causal = queries == keys
+            seen = (_for_each_head(states[:, keys], query.shape[1]) for states in (key, value))
+            part_dq, part_dk, part_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(grad[:, :, queries], query[:, :, queries], *seen, out[:, :, queries], lse[:, :, queries]),
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+            if causal:
+                dq[:, :, queries] = part_dq
+                torch.sum(part_dk, 1, out=dk[:, keys])
+                torch.sum(part_dv, 1, out=dv[:, keys])
+            else:
                 dq[:, :, queries] += part_dq
-                dk[:, :, own] += part_dk
-                dv[:, :, own] += part_dv
+                dk[:, keys] += part_dk.sum(1)
+                dv[:, keys] += part_dv.sum(1)
         return dq, dk, dv, None, None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, queries: slice, keys: slice, scale: float, *, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp of the scores, 1 x H x length."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale
-    )
-    return out, lse
+def _parts(nodes: tuple[Node, ...]) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys of each kernel call. First, for each token once, those of its own node."""
+    for node in nodes:
+        yield slice(node.start, node.end), slice(node.start, node.end)
+    for node in nodes:
+        if node.subtree_end > node.end:
+            yield slice(node.end, node.subtree_end), slice(node.start, node.end)
+
+
+def _for_each_head(states_KTD: Tensor, heads: int) -> Tensor:
+    return states_KTD[:, None].expand(-1, heads, -1, -1)
 
 
 def _one_sequence(length: int, device: torch.device) -> ForestLayout:
     positions_T = torch.arange(length, device=device)
     return ForestLayout((Node(0, length, length),), torch.full_like(positions_T, length), positions_T, length)
-
-
-def _repeated(states_1KTD: Tensor, groups: int) -> Tensor:
-    if groups == 1:
-        return states_1KTD
-    batch, heads, length, size = states_1KTD.shape
-    expanded = states_1KTD[:, :, None].expand(batch, heads, groups, length, size)
-    return expanded.reshape(batch, heads * groups, length, size)
