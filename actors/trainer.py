@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from raygym.actors.session import Session
 from raygym.alarm_watch import AlarmWatch
+from raygym.alarms import AlarmStop
 from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
 from raygym.batch_statistics import advantage_histogram, batch_metrics
@@ -17,6 +18,7 @@ from raygym.console import RunConsole
 from raygym.histogram import Histogram
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
 from raygym.run_files import RunFiles
+from raygym.schedule import Collected
 from raygym.validation import ValidationStream
 
 # What the live line says of the parts of a step.
@@ -55,11 +57,11 @@ class Trainer:
                     collected = session.rollouts.collect(step, self._console.progress)
                 sequences = train_sequences(collected.groups, self._advantages)
                 self._metrics |= rollout_metrics(collected, version) | batch_metrics(collected.groups, sequences)
-                self._alarms.require_finite(step + 1, self._metrics, collected)
+                self._require_finite(step + 1, version, collected)
                 self._more["advantage/histogram"] = advantage_histogram(sequences)
                 with self._timed("learn"):
                     self._metrics |= learn_metrics(session.learners.update(sequences))
-                self._alarms.require_finite(step + 1, self._metrics, collected)
+                self._require_finite(step + 1, version, collected)
                 with self._timed("validate_wait"):  # it is played by the weights that go now
                     self._validation.wait()
                 with self._timed("sync"):
@@ -73,9 +75,24 @@ class Trainer:
                 self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
             self._log(step + 1)
             if self._alarms.stop is not None:
-                self._finish(version)  # the policy is saved, and the validation that plays it waited for
-                raise self._alarms.stop
+                self._end(version, self._alarms.stop)
         return self._finish(version)
+
+    def _require_finite(self, step: int, version: int, collected: Collected) -> None:
+        try:
+            self._alarms.require_finite(step, self._metrics, collected)
+        except AlarmStop as stop:
+            if self._metrics.get("learn/updates"):  # what the learners hold is no version any more
+                raise
+            self._end(version, stop)
+
+    def _end(self, version: int, stop: AlarmStop) -> NoReturn:
+        """End the run by an alarm: the policy is saved, and the validation that plays it waited for."""
+        try:
+            self._finish(version)
+        except Exception as error:  # the alarm is what has to be told
+            self._console.line(f"after the alarm, the policy could not be saved or validated: {error}")
+        raise stop
 
     def _log(self, step: int) -> None:
         metrics, self._metrics = self._metrics, {}

@@ -33,6 +33,7 @@ _LEARNED: Mapping[str, str] = MappingProxyType(
         "tokens/total": "tokens_total",
         "tokens/padding_fraction": "padding_fraction",
         "tokens/shared_fraction": "shared_fraction",
+        "learn/updates": "updates",
         "learn/tokens_per_s": "tokens_per_s",
     }
 )

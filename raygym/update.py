@@ -109,7 +109,7 @@ class PolicyUpdate:
             `ratio_ess`: effective sample size as a share, (sum of ratios)^2 / (N x sum of their squares), 1 on-policy;
             `logprob_abs_diff`, `logprob_abs_diff_max`: |learner - engine| over the first mini-batch, so with the very
             weights that sampled if the batch is on-policy;
-            `grad_norm` (before clipping, mean of the updates) and `lr` (of the last);
+            `updates` that were made, `grad_norm` (before clipping, their mean) and `lr` (of the last);
             `tokens_trained`, `tokens_total`, `shared_fraction` (of those, what was not computed since another sequence
             has it), `padding_fraction` (of all computed positions);
             `seconds` of the slowest rank, `tokens_per_s` (of `tokens_total`), and where they are known `tflops_per_s`
@@ -117,7 +117,7 @@ class PolicyUpdate:
         """
         started = time.monotonic()
         statistics = UpdateStatistics(self._device)
-        divisors, lr, norms = 0.0, 0.0, []
+        divisors, lr, norms, before = 0.0, 0.0, [], self.updates
         for number, part in enumerate(np.array_split(np.arange(len(sequences)), self._config.mini_batches)):
             mini_batch = [sequences[index] for index in part]
             divisor = loss_divisor(self._config, mini_batch)
@@ -133,7 +133,8 @@ class PolicyUpdate:
         seconds = time.monotonic() - started
         stats = statistics.reduced(self._world_size, seconds, self._flops, self._peak_flops)
         stats["loss"] /= max(1.0, divisors)
-        return stats | {"grad_norm": fmean(norms) if norms else math.nan, "lr": lr}
+        grad_norm = fmean(norms) if norms else math.nan
+        return stats | {"updates": float(self.updates - before), "grad_norm": grad_norm, "lr": lr}
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:

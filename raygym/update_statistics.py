@@ -103,7 +103,7 @@ class UpdateStatistics:
             peak_flops: operations a second that one rank's device can do; without, no `mfu`.
 
         Returns:
-            Everything of `PolicyUpdate.run` but `lr` and `grad_norm`; there `loss` is the sum still.
+            What `PolicyUpdate.run` tells, but for `lr`, `grad_norm` and `updates`; `loss` is the sum still.
         """
         self._max("seconds", max(seconds, 1e-9))
         sums_K = torch.stack([self._sums[name] for name in _SUMS])
@@ -116,13 +116,12 @@ class UpdateStatistics:
         return _token_statistics(sums, maxima) | _speed(sums, maxima["seconds"], world_size, flops, peak_flops)
 
     def _sum(self, name: str, value: Tensor | float) -> None:
-        self._sums[name] += torch.as_tensor(value, dtype=torch.float64, device=self._device)
+        self._sums[name] += value
 
     def _max(self, name: str, value: Tensor | float) -> None:
         # `maximum` keeps a NaN, as sums do.
-        self._maxima[name] = torch.maximum(
-            self._maxima[name], torch.as_tensor(value, dtype=torch.float64, device=self._device)
-        )
+        value = torch.as_tensor(value, dtype=torch.float64, device=self._device)
+        self._maxima[name] = torch.maximum(self._maxima[name], value)
 
 
 def _token_statistics(sums: dict[str, float], maxima: dict[str, float]) -> LearnStats:

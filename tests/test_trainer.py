@@ -133,7 +133,7 @@ def ledger_steps(files: RunFiles) -> set[int]:
     return {json.loads(line)["step"] for line in (files.path / "ledger.jsonl").read_text().splitlines()}
 
 
-@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"grad_norm": math.inf}])
+@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"grad_norm": math.inf}, {"loss": math.inf, "updates": 1.0}])
 def test_an_update_that_is_not_finite_is_not_published(tmp_path: Path, bad: dict[str, float]) -> None:
     everything = Everything()
     everything.learned[2] = bad
@@ -144,6 +144,22 @@ def test_an_update_that_is_not_finite_is_not_published(tmp_path: Path, bad: dict
     assert everything.version == 1
     assert ledger_steps(files) == {1} and [row["step"] for row in rows(files)] == [0, 1]
     assert (files.path / "alarms/step_000002_not_finite/trajectories.jsonl").is_file()
+    untouched = "updates" not in bad
+    assert (files.path / "checkpoints/step_000001").is_dir() == untouched, "only what is a version is saved as one"
+
+
+def test_an_alarm_is_the_cause_although_the_policy_cannot_be_saved(tmp_path: Path) -> None:
+    class Full(Everything):
+        def save_hf(self, path: str) -> None:
+            super().save_hf(path)
+            raise OSError("no space left")
+
+    everything = Full()
+    everything.learned[2] = {"logprob_abs_diff": 0.5}
+    files, run = trained(tmp_path, everything, every=1, patience=1, logprob_drift="stop")
+    with pytest.raises(AlarmStop, match="logprob_drift at step 2"):
+        run()
+    files.close()
 
 
 def test_an_alarm_that_stops_leaves_a_whole_step_and_its_policy(tmp_path: Path) -> None:
