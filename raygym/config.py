@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from raygym.alarm_config import AlarmsConfig
 from raygym.config_section import (
     ConfigError,
     NonNegativeFloat,
@@ -244,6 +245,7 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     @property
     def run_dir(self) -> Path:

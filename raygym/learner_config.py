@@ -66,6 +66,8 @@ class LearnerConfig(Section):
     threads: NonNegativeInt = 0
     """CPU threads of one learner; 0 shares the cores among the learners."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    peak_tflops: PositiveFloat | None = None
+    """What one learner's device can do in `dtype`, for `learn/mfu`; known of usual GPUs in bfloat16."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed; `zero_optimization: {stage: 0..3}` chooses the ZeRO stage."""
     startup_timeout_s: PositiveFloat = 600

@@ -31,7 +31,7 @@ from raygym.weights import Manifest, plan_manifest
 
 if TYPE_CHECKING:
     from raygym.actors.learner_group import LearnerGroup
-    from raygym.actors.weight_sync import Published
+    from raygym.weights import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 

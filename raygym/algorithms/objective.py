@@ -20,7 +20,7 @@ from raygym.algorithms.losses import (
     k3_kl,
     reinforce_loss,
 )
-from raygym.algorithms.means import mini_batch_divisor, token_weights
+from raygym.algorithms.means import mini_batch_divisor, sequence_means, token_weights
 from raygym.config import LearnerConfig
 from raygym.packing import MicroBatch
 from raygym.types import TrainSequence
@@ -39,6 +39,8 @@ class Objective(NamedTuple):
     """Over tokens, unweighted; 0 without a reference."""
     clipped: Tensor
     """Tokens whose ratio is bounded."""
+    clipped_high: Tensor
+    """Those of them whose ratio is bounded from above."""
 
 
 def objective(
@@ -58,7 +60,9 @@ def objective(
         reference_kl_N = KL_ESTIMATORS[config.kl_estimator](logprobs_N, reference_N) * batch.mask_N
         losses_N = losses_N + config.kl_coef * reference_kl_N
     weights_N = token_weights(config.loss_mean, batch.mask_N, batch.sequence_N, losses_N.dtype)
-    return Objective((losses_N * weights_N).sum(), reference_kl_N.detach().sum(), clipped_N.sum())
+    clipped_high_N = clipped_N & _above_one(config, batch, logprobs_N)
+    loss = (losses_N * weights_N).sum()
+    return Objective(loss, reference_kl_N.detach().sum(), clipped_N.sum(), clipped_high_N.sum())
 
 
 def policy_losses(config: LearnerConfig, batch: MicroBatch, logprobs_N: Tensor) -> TokenLosses:
@@ -77,6 +81,14 @@ def policy_losses(config: LearnerConfig, batch: MicroBatch, logprobs_N: Tensor) 
                 return clipped_token_loss(logprobs_N, behaviour_N, advantages_N, mask_N, low, high)
             bound = config.dual_clip
             return dual_clipped_token_loss(logprobs_N, behaviour_N, advantages_N, mask_N, low, high, bound)
+
+
+def _above_one(config: LearnerConfig, batch: MicroBatch, logprobs_N: Tensor) -> Tensor:
+    """Whether the ratio that the loss bounds is above 1, for each token."""
+    log_ratio_N = torch.where(batch.mask_N, logprobs_N.detach() - batch.behaviour_N, 0.0)
+    if config.loss == "gspo":
+        log_ratio_N = sequence_means(log_ratio_N, batch.mask_N, batch.sequence_N)
+    return log_ratio_N > 0
 
 
 def loss_divisor(config: LearnerConfig, mini_batch: Sequence[TrainSequence]) -> float:
