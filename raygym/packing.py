@@ -165,7 +165,7 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
         where.append(row * shape[1] + start + trained - 1)
         targets.append(sequence.token_ids[trained])
         behaviour.append(sequence.logprobs[trained])
-        advantages.append(np.full(len(trained), sequence.advantage))
+        advantages.append(sequence.advantages[trained])
         numbers.append(np.full(len(trained), count))
         count += len(trained)
     return MicroBatch(
