@@ -82,7 +82,7 @@ class LearnerActor:
             timeout=timedelta(seconds=config.update_timeout_s),
         )
         self.policy = self._load_policy()
-        model = TokenLogprobs(self.policy)
+        model = TokenLogprobs(self.policy, entropy_gradient=config.entropy_coef > 0)
         check_model(model)
         # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
         # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
@@ -124,6 +124,10 @@ class LearnerActor:
     def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
         """Logprobs of the trained tokens of this rank's share; see `PolicyUpdate.token_logprobs`. All ranks at once."""
         return self._update.token_logprobs(sequences)
+
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
+        """The same under the starting policy; see `PolicyUpdate.reference_logprobs`. All ranks at once."""
+        return self._update.reference_logprobs(sequences)
 
     def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Of `TrainEngine`."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from raygym.actors.session import Session
-from raygym.algorithms.advantages import ADVANTAGES
-from raygym.batch import train_sequences
+from raygym.batch import train_sequences, without_advantages
 from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.metrics import rollout_metrics
 from raygym.run_files import RunFiles
+from raygym.types import Group, TrainSequence
 from raygym.validation import ValidationStream
 
 # What the live line says of the parts of a step.
@@ -33,7 +33,6 @@ class Trainer:
         self._session = session
         self._files = files
         self._console = console
-        self._advantages = ADVANTAGES[config.learner.advantage]
         self._metrics: dict[str, float] = {}
         self._doing = ""
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
@@ -48,9 +47,8 @@ class Trainer:
             with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
-                sequences = train_sequences(collected.groups, self._advantages)
                 with self._timed("learn"):
-                    learned = session.learners.update(sequences)
+                    learned = session.learners.update(self._train_sequences(collected.groups))
                 with self._timed("validate_wait"):  # it is played by the weights that go now
                     self._validation.wait()
                 with self._timed("sync"):
@@ -63,6 +61,12 @@ class Trainer:
             self._log(step + 1)
         return self._finish(version)
 
+    def _train_sequences(self, groups: Sequence[Group]) -> list[TrainSequence]:
+        reference = None
+        if self._config.learner.kl_in_reward:
+            reference = self._session.learners.reference_logprobs(without_advantages(groups))
+        return train_sequences(groups, self._config.learner, reference)
+
     def _record(self, collected: Any, version: int, learned: Any, published: Any) -> None:
         self._metrics |= rollout_metrics(collected, version)
         self._metrics |= {
@@ -72,6 +76,8 @@ class Trainer:
             "policy/entropy": learned["entropy"],
             "policy/clip_fraction": learned["clip_fraction"],
             "policy/reference_kl": learned["reference_kl"],
+            "policy/correction_fraction": learned["correction_fraction"],
+            "policy/correction_weight": learned["correction_weight"],
             "loss": learned["loss"],
             "lr": learned["lr"],
             "grad/norm": learned["grad_norm"],

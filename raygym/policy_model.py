@@ -30,13 +30,14 @@ class TokenLogprobs(nn.Module):
     recomputed in the backward pass, so memory is bounded by `chunk_logits` instead of N x V.
     """
 
-    def __init__(self, policy: Any, chunk_logits: int = CHUNK_LOGITS) -> None:
+    def __init__(self, policy: Any, chunk_logits: int = CHUNK_LOGITS, *, entropy_gradient: bool = False) -> None:
         super().__init__()
+        self._entropy_gradient = entropy_gradient
         self.policy = policy
         self._chunk = max(1, chunk_logits // policy.config.get_text_config().vocab_size)
 
     def forward(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (with gradient) and entropies (without) of the N trained tokens, in nats, fp32.
+        """Log-probabilities (with gradient) and entropies (if wanted, too) of the N trained tokens, in nats, fp32.
 
         Both are of the distribution that was sampled from: logits divided by `temperature` (> 0).
         """
@@ -55,7 +56,7 @@ class TokenLogprobs(nn.Module):
         logits_CV = self.logits(hidden_CH).float() / temperature
         normalizer_C = logits_CV.logsumexp(-1)
         logprobs_C = logits_CV.gather(-1, target_ids_C[:, None])[:, 0] - normalizer_C
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._entropy_gradient):
             probabilities_CV = (logits_CV - normalizer_C[:, None]).exp()
             entropies_C = normalizer_C - (probabilities_CV * logits_CV).sum(-1)
         return logprobs_C, entropies_C

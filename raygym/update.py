@@ -7,7 +7,7 @@ divided by what the whole mini-batch amounts to, which every rank knows, since e
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,16 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raygym.algorithms.losses import k1_kl
-from raygym.algorithms.objective import loss_divisor, objective
+from raygym.algorithms.objective import Objective, loss_divisor, objective
 from raygym.learner_config import LearnerConfig
 from raygym.packing import MicroBatch, assign_micro_batches, pack, packed_order
 from raygym.policy_model import TokenLogprobs
 from raygym.types import Float32Array, TrainSequence
 
+ComputeLogprobs = Callable[[MicroBatch], tuple[Tensor, Tensor]]
 LearnStats = dict[str, float]
 """What `PolicyUpdate.run` returns."""
 
-_SUMS = ("loss", "kl", "reference_kl", "entropy", "clip_fraction")
+_SUMS = ("loss", "kl", "reference_kl", "entropy", "clip_fraction", "correction_fraction", "correction_weight")
 
 
 class TrainEngine(Protocol):
@@ -66,7 +67,7 @@ class PolicyUpdate:
             device: where the policy is; the CPU by default.
             reference: the starting policy, where `kl_coef` is above 0.
         """
-        self._config = config
+        self._config = config.resolved()
         self._engine = engine
         self._temperature = temperature
         self._rank = rank
@@ -84,9 +85,10 @@ class PolicyUpdate:
 
         Returns:
             Of all ranks together: `loss`, `entropy`, `kl` (mean of behaviour - current logprob: k1 of the engine's
-            policy to this one), `reference_kl` (by `kl_estimator`; 0 without kl_coef) and `clip_fraction`, means over
-            trained tokens (`loss`: by `loss_mean`, over all sequences; without a KL term, sequences of advantage 0 are
-            not computed at all);
+            policy to this one), `reference_kl` (by `kl_estimator`; 0 where the loss has no KL term), `clip_fraction`,
+            `correction_fraction` (truncated, masked or rejected) and `correction_weight` (1 where losses are not
+            weighed), means over trained tokens (`loss`: by `loss_mean`, over all sequences; without a KL or entropy
+            term, sequences of advantage 0 are not computed at all);
             `grad_norm` (before clipping, mean of the updates) and `lr` (of the last); `logprob_abs_diff` and
             `logprob_abs_diff_max`, |learner - engine| over the trained tokens of the first mini-batch, so with the
             very weights that sampled if the batch is on-policy; `tokens_trained`, `tokens_total`,
@@ -97,11 +99,13 @@ class PolicyUpdate:
         totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
         worst = torch.zeros((), dtype=torch.float64, device=self._device)
         divisors, trained, first_trained, norms = 0.0, 0, 0, []
-        for number, part in enumerate(np.array_split(np.arange(len(sequences)), self._config.mini_batches)):
-            mini_batch = [sequences[index] for index in part]
+        parts = np.array_split(np.arange(len(sequences)), self._config.mini_batches)
+        mini_batches = [[sequences[index] for index in part] for part in parts]
+        with_signal = [self._with_signal(mini_batch) for mini_batch in mini_batches]
+        proximal = self._proximal_logprobs(with_signal)
+        for number, (mini_batch, computed) in enumerate(zip(mini_batches, with_signal, strict=True)):
             divisor = loss_divisor(self._config, mini_batch)
-            computed = self._with_signal(mini_batch)
-            sums, differences = self._accumulate_gradients(computed, divisor)
+            sums, differences = self._accumulate_gradients(computed, divisor, proximal[number])
             totals += sums
             divisors += divisor
             trained += (with_gradient := sum(int(sequence.loss_mask.sum()) for sequence in computed))
@@ -127,17 +131,26 @@ class PolicyUpdate:
             "seconds": time.monotonic() - started,
         }
 
-    @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
         """Logprobs of the trained tokens under the current weights.
 
         Returns:
             For each sequence of this rank's share: its index -> T logprobs, 0 where the mask is False.
         """
+        return self._logprobs_of(sequences, self._engine.logprobs)
+
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
+        """The same under the starting policy, which is there where `kl_coef` is above 0."""
+        reference = self._reference
+        assert reference is not None, "kl_coef: 0 keeps no starting policy"
+        return self._logprobs_of(sequences, lambda batch: reference(batch, self._temperature))
+
+    @torch.no_grad()
+    def _logprobs_of(self, sequences: Sequence[TrainSequence], compute: ComputeLogprobs) -> dict[int, Float32Array]:
         found: dict[int, Float32Array] = {}
         for indices in self._micro_batches(sequences):
             share = [sequences[index] for index in indices]
-            logprobs_N = self._engine.logprobs(pack(share).to(self._device))[0].cpu().numpy()
+            logprobs_N = compute(pack(share).to(self._device))[0].cpu().numpy()
             start = 0
             for item in packed_order(share):
                 sequence, result = share[item], np.zeros(len(share[item].token_ids), dtype=np.float32)
@@ -148,25 +161,44 @@ class PolicyUpdate:
         return found
 
     def _with_signal(self, mini_batch: list[TrainSequence]) -> list[TrainSequence]:
-        # Without a KL term, an advantage of 0 gives a gradient of exactly 0: nothing need be computed for it. One is
+        # Without other terms, advantages of 0 give a gradient of exactly 0: nothing need be computed for them. One is
         # kept where none has signal, so that every rank still steps and the engine is still compared.
-        if self._config.kl_coef:
+        if self._config.kl_in_loss or self._config.entropy_coef:
             return mini_batch
-        return [sequence for sequence in mini_batch if sequence.advantage != 0.0] or mini_batch[:1]
+        return [sequence for sequence in mini_batch if sequence.has_signal] or mini_batch[:1]
+
+    @torch.no_grad()
+    def _proximal_logprobs(self, mini_batches: list[list[TrainSequence]]) -> list[list[Tensor] | None]:
+        """For each mini-batch the current logprobs of its micro-batches, where the update will need them: not of the
+        first, whose own forward passes come before any update."""
+        found: list[list[Tensor] | None] = [None] * len(mini_batches)
+        if self._config.weighs_tokens:
+            for number, mini_batch in list(enumerate(mini_batches))[1:]:
+                found[number] = [
+                    self._engine.logprobs(self._packed(mini_batch, indices))[0].detach()
+                    for indices in self._micro_batches(mini_batch)
+                ]
+        return found
+
+    def _packed(self, mini_batch: list[TrainSequence], indices: Sequence[int]) -> MicroBatch:
+        return pack([mini_batch[index] for index in indices]).to(self._device)
 
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
         lengths = [len(sequence.token_ids) for sequence in sequences]
         return assign_micro_batches(lengths, self._world_size, self._config.tokens_per_micro_batch)[self._rank]
 
-    def _accumulate_gradients(self, mini_batch: list[TrainSequence], divisor: float) -> tuple[Tensor, Tensor]:
+    def _accumulate_gradients(
+        self, mini_batch: list[TrainSequence], divisor: float, proximal: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """This rank's backward passes. Returns its totals (see `run`) and |learner - engine| of its tokens."""
         micro_batches = self._micro_batches(mini_batch)
         totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
         differences = [torch.zeros(1, dtype=torch.float64, device=self._device)]
         for number, indices in enumerate(micro_batches):
-            batch = pack([mini_batch[index] for index in indices]).to(self._device)
+            batch = self._packed(mini_batch, indices)
             logprobs_N, entropies_N = self._engine.logprobs(batch)
-            loss, sums, difference_N = self._loss(batch, logprobs_N, entropies_N)
+            proximal_N = logprobs_N.detach() if proximal is None else proximal[number]
+            loss, sums, difference_N = self._loss(batch, logprobs_N, entropies_N, proximal_N)
             # The mean over ranks counts; ours are parts of one sum.
             scaled = loss * (self._world_size / max(1.0, divisor))
             self._engine.backward(scaled, last=number == len(micro_batches) - 1)
@@ -176,17 +208,22 @@ class PolicyUpdate:
             differences.append(difference_N.double())
         return totals, torch.cat(differences)
 
-    def _loss(self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(
+        self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor, proximal_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss, the sums named by `_SUMS`, and |learner - engine| of each token."""
         reference_N = None
-        if self._reference is not None:
+        if self._reference is not None and self._config.kl_in_loss:
             with torch.no_grad():
                 reference_N, _ = self._reference(batch, self._temperature)
-        loss, reference_kl, clipped = objective(self._config, batch, logprobs_N, reference_N)
+        found: Objective = objective(
+            self._config, batch, logprobs_N, reference_N, proximal_N=proximal_N, entropies_N=entropies_N
+        )
         behaviour_kl_N = k1_kl(batch.behaviour_N, logprobs_N.detach()) * batch.mask_N
-        entropy = (entropies_N * batch.mask_N).sum()
-        sums = [loss.detach(), behaviour_kl_N.sum(), reference_kl, entropy, clipped]
-        return loss, torch.stack([value.double() for value in sums]), behaviour_kl_N.abs()
+        entropy = (entropies_N.detach() * batch.mask_N).sum()
+        sums = [found.loss.detach(), behaviour_kl_N.sum(), found.reference_kl, entropy, found.clipped]
+        sums += [found.corrected, found.correction]
+        return found.loss, torch.stack([value.double() for value in sums]), behaviour_kl_N.abs()
 
     def _lr(self, update: int) -> float:
         return self._config.lr * min(1.0, (update + 1) / max(1, self._config.warmup_steps))

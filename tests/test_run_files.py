@@ -12,9 +12,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
-from raygym.config import RunConfig
+from raygym.config import LearnerConfig, RunConfig
 from raygym.config_file import load_config, parse_config
 from raygym.console import RunConsole, sparkline
 from raygym.metrics import rollout_metrics, validation_metrics
@@ -93,8 +92,9 @@ def test_a_failed_validation_task_is_no_reward_of_zero() -> None:
 
 
 def test_train_sequences_carry_their_groups_advantage() -> None:
-    sequences = train_sequences(collected().groups, ADVANTAGES["grpo"])
-    assert np.allclose([s.advantage for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
+    sequences = train_sequences(collected().groups, LearnerConfig().resolved())
+    assert np.allclose([s.advantages[2] for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
+    assert [s.group for s in sequences] == [0, 0, 1, 1]
 
 
 def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> None:
