@@ -30,11 +30,15 @@ def group_normalized(rewards_G: Sequence[float]) -> Float32Array:
     Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2. A group of equal rewards (or of one episode) says nothing
     and gets exactly 0, not the rounding error of its mean divided by epsilon.
     """
+    return standardized(rewards_G).astype(np.float32)
+
+
+def standardized(rewards_G: Sequence[float]) -> NDArray[np.float64]:
+    """`group_normalized` before it is rounded to float32."""
     rewards = np.asarray(rewards_G, dtype=np.float64)
-    if len(rewards) < 2 or np.all(rewards == rewards[0]):
-        return np.zeros(len(rewards), dtype=np.float32)
-    advantages_G: Float32Array = ((rewards - rewards.mean()) / (rewards.std(ddof=1) + EPSILON)).astype(np.float32)
-    return advantages_G
+    if len(rewards) < 2:
+        return np.zeros(len(rewards))
+    return _centred(rewards) / (rewards.std(ddof=1) + EPSILON)
 
 
 def group_centred(rewards_G: Sequence[float]) -> Float32Array:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raygym.algorithms.advantages import divided_by_step_deviation, group_normalized
+from raygym.algorithms.advantages import divided_by_step_deviation, standardized
 from raygym.types import Float32Array
 
 WHOLE = "reward"
@@ -37,10 +38,10 @@ def decoupled_normalized(groups: Sequence[Sequence[Components]], weights: Mappin
     return divided_by_step_deviation([_weighted_sum(group, weights) for group in groups])
 
 
-def _weighted_sum(group: Sequence[Components], weights: Mapping[str, float]) -> np.ndarray:
+def _weighted_sum(group: Sequence[Components], weights: Mapping[str, float]) -> NDArray[np.float64]:
     total_G = np.zeros(len(group))
     for name in sorted({name for components in group for name in components}):
-        total_G += weights.get(name, 1.0) * group_normalized([components.get(name, 0.0) for components in group])
+        total_G += weights.get(name, 1.0) * standardized([components.get(name, 0.0) for components in group])
     return total_G
 
 
