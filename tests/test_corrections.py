@@ -167,11 +167,8 @@ def plain(config: LearnerConfig, case: Case, current: np.ndarray) -> tuple[float
         at = sequence.token_ids[sequence.loss_mask]
         if not len(at):
             continue
-        behaviour, credit = (
-            sequence.logprobs[sequence.loss_mask].astype(np.float64),
-            sequence.advantages[sequence.loss_mask],
-        )
-        credit, anchor = credit.astype(np.float64), case.proximal[at] if config.decoupled else behaviour
+        behaviour, credit = (v[sequence.loss_mask].astype(float) for v in (sequence.logprobs, sequence.advantages))
+        anchor = case.proximal[at] if config.decoupled else behaviour
         weights, outside = np.ones(len(at)), np.zeros(len(at), bool)
         if config.decoupled or config.correction != "none":
             limits = BOUNDS[config.correction]
