@@ -18,8 +18,9 @@ from torch import Tensor
 from raygym.algorithms.losses import k1_kl
 from raygym.algorithms.objective import Objective, loss_divisor, objective
 from raygym.learner_config import LearnerConfig
-from raygym.packing import MicroBatch, assign_micro_batches, pack, packed_order
+from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
+from raygym.policy_packing import ROWS, Packing
 from raygym.types import Float32Array, TrainSequence
 
 ComputeLogprobs = Callable[[MicroBatch], tuple[Tensor, Tensor]]
@@ -51,6 +52,7 @@ class PolicyUpdate:
         engine: TrainEngine,
         temperature: float,
         *,
+        packing: Packing = ROWS,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
@@ -62,6 +64,7 @@ class PolicyUpdate:
             config: `learner` of the run.
             engine: the policy that learns.
             temperature: of the sampling; logprobs are of the distribution that was sampled from.
+            packing: of the micro-batches; policy and reference must be able to compute it.
             rank: of this process in the default process group.
             world_size: how many ranks there are; with 1 there need not be a process group.
             device: where the policy is; the CPU by default.
@@ -70,6 +73,7 @@ class PolicyUpdate:
         self._config = config.resolved()
         self._engine = engine
         self._temperature = temperature
+        self._packing = packing
         self._rank = rank
         self._world_size = world_size
         self._device = device or torch.device("cpu")
@@ -92,23 +96,24 @@ class PolicyUpdate:
             `grad_norm` (before clipping, mean of the updates) and `lr` (of the last); `logprob_abs_diff` and
             `logprob_abs_diff_max`, |learner - engine| over the trained tokens of the first mini-batch, so with the
             very weights that sampled if the batch is on-policy; `tokens_trained`, `tokens_total`,
-            `padding_fraction` (of all computed positions), `seconds`.
+            `shared_fraction` (of those, what was not computed since another sequence has it), `padding_fraction` (of
+            all computed positions), `seconds`.
         """
         started = time.monotonic()
-        # loss ... clip_fraction, |diff|, tokens, cells; reduced over ranks once, at the end.
-        totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
+        # loss ... clip_fraction, |diff|, tokens, computed tokens, cells; reduced over ranks once, at the end.
+        totals = torch.zeros(len(_SUMS) + 4, dtype=torch.float64, device=self._device)
         worst = torch.zeros((), dtype=torch.float64, device=self._device)
         divisors, trained, first_trained, norms = 0.0, 0, 0, []
         parts = np.array_split(np.arange(len(sequences)), self._config.mini_batches)
         mini_batches = [[sequences[index] for index in part] for part in parts]
         with_signal = [self._with_signal(mini_batch) for mini_batch in mini_batches]
         proximal = self._proximal_logprobs(with_signal)
-        for number, (mini_batch, computed) in enumerate(zip(mini_batches, with_signal, strict=True)):
+        for number, (mini_batch, learned_from) in enumerate(zip(mini_batches, with_signal, strict=True)):
             divisor = loss_divisor(self._config, mini_batch)
-            sums, differences = self._accumulate_gradients(computed, divisor, proximal[number])
+            sums, differences = self._accumulate_gradients(learned_from, divisor, proximal[number])
             totals += sums
             divisors += divisor
-            trained += (with_gradient := sum(int(sequence.loss_mask.sum()) for sequence in computed))
+            trained += (with_gradient := sum(int(sequence.loss_mask.sum()) for sequence in learned_from))
             if number == 0:
                 totals[len(_SUMS)] = differences.sum()
                 worst, first_trained = differences.amax(), with_gradient
@@ -117,7 +122,7 @@ class PolicyUpdate:
         if self._world_size > 1:
             dist.all_reduce(totals)
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        *sums_, difference, tokens, cells = totals.tolist()
+        *sums_, difference, tokens, computed, cells = totals.tolist()
         return {
             **{name: value / max(1, trained) for name, value in zip(_SUMS, sums_, strict=True)},
             "loss": sums_[0] / max(1.0, divisors),
@@ -127,7 +132,8 @@ class PolicyUpdate:
             "logprob_abs_diff_max": worst.item(),
             "tokens_trained": float(trained),
             "tokens_total": tokens,
-            "padding_fraction": 1 - tokens / cells if cells else 0.0,
+            "shared_fraction": 1 - computed / tokens if tokens else 0.0,
+            "padding_fraction": 1 - computed / cells if cells else 0.0,
             "seconds": time.monotonic() - started,
         }
 
@@ -150,13 +156,12 @@ class PolicyUpdate:
         found: dict[int, Float32Array] = {}
         for indices in self._micro_batches(sequences):
             share = [sequences[index] for index in indices]
-            logprobs_N = compute(pack(share).to(self._device))[0].cpu().numpy()
+            logprobs_N = compute(self._packing.pack(share).to(self._device))[0].cpu().numpy()
             start = 0
-            for item in packed_order(share):
-                sequence, result = share[item], np.zeros(len(share[item].token_ids), dtype=np.float32)
+            for index, sequence in zip(indices, share, strict=True):
+                found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
                 count = int(sequence.loss_mask.sum())
-                result[sequence.loss_mask] = logprobs_N[start : start + count]
-                found[indices[item]] = result
+                found[index][sequence.loss_mask] = logprobs_N[start : start + count]
                 start += count
         return found
 
@@ -181,18 +186,18 @@ class PolicyUpdate:
         return found
 
     def _packed(self, mini_batch: list[TrainSequence], indices: Sequence[int]) -> MicroBatch:
-        return pack([mini_batch[index] for index in indices]).to(self._device)
+        return self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
 
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
-        lengths = [len(sequence.token_ids) for sequence in sequences]
-        return assign_micro_batches(lengths, self._world_size, self._config.tokens_per_micro_batch)[self._rank]
+        budget = self._config.tokens_per_micro_batch
+        return self._packing.assign(sequences, self._world_size, budget)[self._rank]
 
     def _accumulate_gradients(
         self, mini_batch: list[TrainSequence], divisor: float, proximal: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """This rank's backward passes. Returns its totals (see `run`) and |learner - engine| of its tokens."""
         micro_batches = self._micro_batches(mini_batch)
-        totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
+        totals = torch.zeros(len(_SUMS) + 4, dtype=torch.float64, device=self._device)
         differences = [torch.zeros(1, dtype=torch.float64, device=self._device)]
         for number, indices in enumerate(micro_batches):
             batch = self._packed(mini_batch, indices)
@@ -203,7 +208,8 @@ class PolicyUpdate:
             scaled = loss * (self._world_size / max(1.0, divisor))
             self._engine.backward(scaled, last=number == len(micro_batches) - 1)
             totals[: len(_SUMS)] += sums
-            totals[-2] += batch.num_tokens
+            totals[-3] += batch.num_tokens
+            totals[-2] += batch.num_computed
             totals[-1] += batch.num_cells if indices else 0
             differences.append(difference_N.double())
         return totals, torch.cat(differences)
