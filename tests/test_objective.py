@@ -18,7 +18,7 @@ from raygym.algorithms.means import mini_batch_divisor
 from raygym.algorithms.objective import loss_divisor, objective
 from raygym.config import LearnerConfig
 from raygym.method_config import KlEstimator
-from raygym.packing import assign_micro_batches, pack, packed_order
+from raygym.packing import assign_micro_batches, pack
 from raygym.types import TrainSequence
 
 LENGTHS = [12, 3, 9, 1, 20, 7]
@@ -64,10 +64,9 @@ def learned(
             batch = pack([sequences[index] for index in share])
             # The same values in float64, so that a product of two of them is not rounded to float32.
             batch = replace(batch, advantages_N=batch.advantages_N.double(), behaviour_N=batch.behaviour_N.double())
-            order = [share[index] for index in packed_order([sequences[index] for index in share])]
             stand_in = [] if batch.mask_N.all() else [torch.zeros(1, dtype=torch.float64, requires_grad=True)]
-            logprobs_N = torch.cat([leaves[index] for index in order] + stand_in)
-            reference_N = torch.cat([torch.tensor(reference[index]) for index in order] + stand_in).detach()
+            logprobs_N = torch.cat([leaves[index] for index in share] + stand_in)
+            reference_N = torch.cat([torch.tensor(reference[index]) for index in share] + stand_in).detach()
             part = objective(config, batch, logprobs_N, reference_N if config.kl_coef else None)
             (part.loss / divisor).backward()
             loss += part.loss.item() / divisor
