@@ -38,7 +38,8 @@ def standardized(rewards_G: Sequence[float]) -> NDArray[np.float64]:
     rewards = np.asarray(rewards_G, dtype=np.float64)
     if len(rewards) < 2:
         return np.zeros(len(rewards))
-    return _centred(rewards) / (rewards.std(ddof=1) + EPSILON)
+    standardized_G: NDArray[np.float64] = _centred(rewards) / (rewards.std(ddof=1) + EPSILON)
+    return standardized_G
 
 
 def group_centred(rewards_G: Sequence[float]) -> Float32Array:
