@@ -160,6 +160,14 @@ def test_overlong_episodes_lose_reward() -> None:
     np.testing.assert_allclose([trained(s)[0] for s in by_turn], [trained(s)[0] for s in found], atol=1e-6)
 
 
+def test_the_last_turn_pays_for_the_length() -> None:
+    keys = {"advantage": "dr_grpo", "credit": "turn", "gamma": 0.0, "overlong": "shaped", "overlong_length": 6}
+    long, short = trajectory(0, 0, [0.0, 0.0]), trajectory(0, 1, [0.0, 0.0], tokens=1)
+    found = train_sequences([group(0, long, short)], method(**keys, overlong_buffer=3, overlong_penalty=1.0))
+    np.testing.assert_allclose(trained(found[0]), [0.0] * 3 + [-0.5] * 3, atol=1e-6)
+    np.testing.assert_allclose(trained(found[1]), [0.0, 0.5], atol=1e-6)
+
+
 def test_what_was_cut_short_is_not_trained_but_counts_in_the_baseline() -> None:
     whole, cut, over = (trajectory(0, episode, [reward]) for episode, reward in enumerate([1.0, 0.0, 0.5]))
     cut = replace(cut, turns=(replace(cut.turns[0], finish_reason="length"),))
