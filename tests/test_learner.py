@@ -152,6 +152,7 @@ def test_updates_equal_plain_pytorch(
         before = group.token_logprobs(sequences)
         group.update(sequences)
         stats = group.update(sequences)
+        starting = group.reference_logprobs(sequences)
         weights = whole_weights(group, tmp_path / "policy")
         specs = group.call_all("weight_specs", timeout_s=60)
 
@@ -160,6 +161,7 @@ def test_updates_equal_plain_pytorch(
         with torch.no_grad():
             np.testing.assert_allclose(logprobs[sequence.loss_mask], logprobs_of(start, sequence), atol=1e-5)
         assert not logprobs[~sequence.loss_mask].any()
+    np.testing.assert_allclose(np.concatenate(starting), np.concatenate(before), atol=1e-5)
     moved = 0.0
     for name, parameter in expected.named_parameters():
         assert_updated_alike(name, weights[name], parameter)
