@@ -36,8 +36,8 @@ def turn_advantages(name: str, rewards: TurnRewards, gamma: float) -> list[list[
     Turn k of an episode is compared with the k-th turns of its group's other episodes. After multi-turn GRPO,
     arXiv 2505.11821, which normalises what belongs to one turn within the group; its episodes all have the same number
     of turns. Here they need not: an episode that ended earlier is not in the comparison of the turns that it did not
-    have, neither as a 0 nor otherwise. A turn that only one episode of its group has reached is compared with nothing and gets 0. With
-    `reinforce_pp`, which looks at no groups, every turn is compared with all turns of the step.
+    have, neither as a 0 nor otherwise. A turn that only one episode of its group has reached is compared with nothing
+    and gets 0. With `reinforce_pp`, which looks at no groups, every turn is compared with all turns of the step.
 
     Args:
         name: of `ADVANTAGES`. "Group" there is here the turns that are compared.
