@@ -149,6 +149,10 @@ class LearnerActor:
         """Logprobs of the trained tokens of this rank's share; see `PolicyUpdate.token_logprobs`. All ranks at once."""
         return self._update.token_logprobs(sequences)
 
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
+        """The same under the starting policy; see `PolicyUpdate.reference_logprobs`. All ranks at once."""
+        return self._update.reference_logprobs(sequences)
+
     def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Of `TrainEngine`."""
         logprobs_N, entropies_N = self._engine(batch, self._temperature)

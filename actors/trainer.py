@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from raygym.actors.session import Session
 from raygym.alarm_watch import AlarmWatch
 from raygym.alarms import AlarmStop
-from raygym.algorithms.advantages import ADVANTAGES
-from raygym.batch import train_sequences
+from raygym.batch import train_sequences, without_advantages
 from raygym.batch_statistics import advantage_histogram, batch_metrics
 from raygym.config import RunConfig
 from raygym.console import RunConsole
@@ -19,6 +18,7 @@ from raygym.histogram import Histogram
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected
+from raygym.types import Group, TrainSequence
 from raygym.validation import ValidationStream
 
 # What the live line says of the parts of a step.
@@ -38,7 +38,6 @@ class Trainer:
         self._session = session
         self._files = files
         self._console = console
-        self._advantages = ADVANTAGES[config.learner.advantage]
         self._metrics: dict[str, float] = {}
         self._more: dict[str, str | Histogram] = {}
         self._alarms = AlarmWatch(config, files, console)
@@ -55,7 +54,7 @@ class Trainer:
             with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
-                sequences = train_sequences(collected.groups, self._advantages)
+                sequences = self._train_sequences(collected.groups)
                 self._metrics |= rollout_metrics(collected, version) | batch_metrics(collected.groups, sequences)
                 self._require_finite(step + 1, version, collected)
                 self._more["advantage/histogram"] = advantage_histogram(sequences)
@@ -77,6 +76,12 @@ class Trainer:
             if self._alarms.stop is not None:
                 self._end(version, self._alarms.stop)
         return self._finish(version)
+
+    def _train_sequences(self, groups: Sequence[Group]) -> list[TrainSequence]:
+        reference = None
+        if self._config.learner.kl_in_reward:
+            reference = self._session.learners.reference_logprobs(without_advantages(groups))
+        return train_sequences(groups, self._config.learner, reference)
 
     def _require_finite(self, step: int, version: int, collected: Collected) -> None:
         try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import StatisticsError, correlation, fmean
 
+import numpy as np
+
 from raygym.histogram import Histogram
 from raygym.types import EpisodeStatus, Group, TrainSequence, Trajectory
 
@@ -26,9 +28,9 @@ def batch_metrics(groups: Sequence[Group], sequences: Sequence[TrainSequence]) -
         `groups/effective`: groups in which some advantage is not 0;
         `advantage/abs_mean`, `advantage/positive_share`, `advantage/negative_share`: over episodes;
         `length/generated_mean`: tokens that the policy made in an episode; `length/trained_mean`: the same of those
-        that train, whose advantage is not 0; `length/positive_mean`, `length/negative_mean`: of those with an advantage
-        above and below 0; `length/turns_cut_share`: turns that the token limit ended; `length/truncated_share`:
-        episodes that ended without the environment saying so;
+        that train, with some advantage that is not 0; `length/positive_mean`, `length/negative_mean`: of those with an
+        advantage above and below 0; `length/turns_cut_share`: turns that the token limit ended;
+        `length/truncated_share`: episodes that ended without the environment saying so;
         `length/reward_correlation`, Pearson's over episodes; `length/reward_correlation_in_group`, the same of what
         differs from the group's mean, so that tasks which are hard and long do not count.
     """
@@ -38,7 +40,7 @@ def batch_metrics(groups: Sequence[Group], sequences: Sequence[TrainSequence]) -
     effective, start = 0, 0
     for group in groups:
         end = start + len(group.trajectories)
-        effective += any(advantage != 0.0 for advantage in advantages_N[start:end])
+        effective += any(sequence.has_signal for sequence in sequences[start:end])
         start = end
     metrics: dict[str, float] = {"groups/effective": effective}
     if not trajectories:
@@ -48,12 +50,13 @@ def batch_metrics(groups: Sequence[Group], sequences: Sequence[TrainSequence]) -
         "advantage/positive_share": fmean(advantage > 0 for advantage in advantages_N),
         "advantage/negative_share": fmean(advantage < 0 for advantage in advantages_N),
     }
-    return metrics | _length_audit(groups, trajectories, advantages_N)
+    trained_N = [sequence.has_signal for sequence in sequences]
+    return metrics | _length_audit(groups, trajectories, advantages_N, trained_N)
 
 
 def episode_advantages(sequences: Sequence[TrainSequence]) -> list[float]:
-    """One advantage for each episode."""
-    return [float(sequence.advantage) for sequence in sequences]
+    """One advantage for each episode: the mean over its trained tokens, which differ where turns are credited apart."""
+    return [float(s.advantages[s.loss_mask].mean(dtype=np.float64)) if s.loss_mask.any() else 0.0 for s in sequences]
 
 
 def advantage_histogram(sequences: Sequence[TrainSequence]) -> Histogram:
@@ -62,14 +65,17 @@ def advantage_histogram(sequences: Sequence[TrainSequence]) -> Histogram:
 
 
 def _length_audit(
-    groups: Sequence[Group], trajectories: Sequence[Trajectory], advantages_N: Sequence[float]
+    groups: Sequence[Group],
+    trajectories: Sequence[Trajectory],
+    advantages_N: Sequence[float],
+    trained_N: Sequence[bool],
 ) -> dict[str, float]:
     lengths_N = [sum(turn.end - turn.start for turn in t.turns) for t in trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
     pairs = list(zip(lengths_N, advantages_N, strict=True))
     subsets: dict[str, Sequence[float]] = {
         "length/generated_mean": lengths_N,
-        "length/trained_mean": [length for length, advantage in pairs if advantage != 0.0],
+        "length/trained_mean": [length for length, trained in zip(lengths_N, trained_N, strict=True) if trained],
         "length/positive_mean": [length for length, advantage in pairs if advantage > 0.0],
         "length/negative_mean": [length for length, advantage in pairs if advantage < 0.0],
         "length/truncated_share": [t.status is EpisodeStatus.TRUNCATED for t in trajectories],

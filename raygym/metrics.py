@@ -22,6 +22,8 @@ _LEARNED: Mapping[str, str] = MappingProxyType(
         "policy/clip_fraction": "clip_fraction",
         "policy/clip_fraction_low": "clip_fraction_low",
         "policy/clip_fraction_high": "clip_fraction_high",
+        "policy/correction_fraction": "correction_fraction",
+        "policy/correction_weight": "correction_weight",
         "policy/ratio_mean": "ratio_mean",
         "policy/ratio_min": "ratio_min",
         "policy/ratio_max": "ratio_max",

@@ -192,7 +192,7 @@ def micro_batch(
         positions_N=_joined([where[tokens - 1] for where, tokens in zip(places, trained, strict=True)], torch.int64),
         target_ids_N=_joined([sequence.token_ids[tokens] for sequence, tokens in pairs], torch.int64),
         behaviour_N=_joined([sequence.logprobs[tokens] for sequence, tokens in pairs], torch.float32),
-        advantages_N=_joined([np.full(len(tokens), sequence.advantage) for sequence, tokens in pairs], torch.float32),
+        advantages_N=_joined([sequence.advantages[tokens] for sequence, tokens in pairs], torch.float32),
         mask_N=torch.full((max(1, int(starts[-1])),), bool(starts[-1])),
         sequence_N=_joined(
             [np.full(len(tokens), start) for start, tokens in zip(starts[:-1], trained, strict=True)], torch.int64

@@ -163,6 +163,7 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
         ],
         "sampling": {"temperature": trajectory.sampling.temperature, "max_tokens": trajectory.sampling.max_tokens},
         "metrics": trajectory.metrics,
+        "reward_components": trajectory.reward_components,
         "token_ids": trajectory.token_ids.tolist(),
         "loss_mask": trajectory.loss_mask.astype(int).tolist(),
         "logprobs": [round(value, 6) for value in trajectory.logprobs.tolist()],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Protocol
 
@@ -25,6 +25,8 @@ from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import ROWS, Packing
 from raygym.types import Float32Array, TrainSequence
 from raygym.update_statistics import LearnStats, UpdateStatistics
+
+ComputeLogprobs = Callable[[MicroBatch], tuple[Tensor, Tensor]]
 
 __all__ = ["LearnStats", "PolicyUpdate", "TrainEngine"]
 
@@ -76,7 +78,7 @@ class PolicyUpdate:
             flops: what the policy's arithmetic costs, for `tflops_per_s`.
             peak_flops: operations a second that the device of one rank can do, for `mfu`.
         """
-        self._config = config
+        self._config = config.resolved()
         self._engine = engine
         self._temperature = temperature
         self._packing = packing
@@ -99,12 +101,15 @@ class PolicyUpdate:
         those after it are not made, on any rank, and `loss` or `grad_norm` says so. Such a policy learns no further.
 
         Returns:
-            Of all ranks together, over trained tokens unless told otherwise. Without a KL term, sequences of
-            advantage 0 are not computed at all, and count nowhere but in the divisor of `loss`.
+            Of all ranks together, over trained tokens unless told otherwise. Without a KL or entropy term, sequences
+            of advantage 0 are not computed at all, and count nowhere but in the divisor of `loss`.
             `loss`: the mean by `loss_mean`; `entropy`;
-            `kl`, `kl_k3`: KL of the policy that sampled to this one, by k1 and k3; `reference_kl`: by `kl_estimator`;
+            `kl`, `kl_k3`: KL of the policy that sampled to this one, by k1 and k3; `reference_kl`: by `kl_estimator`, 0
+            where the loss has no KL term;
             `clip_fraction`, and apart `clip_fraction_low` and `clip_fraction_high`: tokens whose ratio is bounded, from
             below or above;
+            `correction_fraction` (truncated, masked or rejected) and `correction_weight` (1 where losses are not
+            weighed);
             `ratio_mean`, `ratio_min`, `ratio_max`, `log_ratio_std`: of this policy to the one that sampled;
             `ratio_ess`: effective sample size as a share, (sum of ratios)^2 / (N x sum of their squares), 1 on-policy;
             `logprob_abs_diff`, `logprob_abs_diff_max`: |learner - engine| over the first mini-batch, so with the very
@@ -118,11 +123,14 @@ class PolicyUpdate:
         started = time.monotonic()
         statistics = UpdateStatistics(self._device)
         divisors, lr, norms, before = 0.0, 0.0, [], self.updates
-        for number, part in enumerate(np.array_split(np.arange(len(sequences)), self._config.mini_batches)):
-            mini_batch = [sequences[index] for index in part]
+        parts = np.array_split(np.arange(len(sequences)), self._config.mini_batches)
+        mini_batches = [[sequences[index] for index in part] for part in parts]
+        with_signal = [self._with_signal(mini_batch) for mini_batch in mini_batches]
+        proximal = self._proximal_logprobs(with_signal)
+        for number, (mini_batch, learned_from) in enumerate(zip(mini_batches, with_signal, strict=True)):
             divisor = loss_divisor(self._config, mini_batch)
             divisors += divisor
-            self._accumulate_gradients(self._with_signal(mini_batch), divisor, statistics, first=number == 0)
+            self._accumulate_gradients(learned_from, divisor, proximal[number], statistics, first=number == 0)
             if not self._finite_everywhere(statistics.loss):
                 break
             lr = self._lr(self.updates)
@@ -136,17 +144,26 @@ class PolicyUpdate:
         grad_norm = fmean(norms) if norms else math.nan
         return stats | {"updates": float(self.updates - before), "grad_norm": grad_norm, "lr": lr}
 
-    @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
         """Logprobs of the trained tokens under the current weights.
 
         Returns:
             For each sequence of this rank's share: its index -> T logprobs, 0 where the mask is False.
         """
+        return self._logprobs_of(sequences, self._engine.logprobs)
+
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
+        """The same under the starting policy, which is there where `kl_coef` is above 0."""
+        reference = self._reference
+        assert reference is not None, "kl_coef: 0 keeps no starting policy"
+        return self._logprobs_of(sequences, lambda batch: reference(batch, self._temperature))
+
+    @torch.no_grad()
+    def _logprobs_of(self, sequences: Sequence[TrainSequence], compute: ComputeLogprobs) -> dict[int, Float32Array]:
         found: dict[int, Float32Array] = {}
         for indices in self._micro_batches(sequences):
             share = [sequences[index] for index in indices]
-            logprobs_N = self._engine.logprobs(self._packing.pack(share).to(self._device))[0].cpu().numpy()
+            logprobs_N = compute(self._packing.pack(share).to(self._device))[0].cpu().numpy()
             start = 0
             for index, sequence in zip(indices, share, strict=True):
                 found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
@@ -156,36 +173,59 @@ class PolicyUpdate:
         return found
 
     def _with_signal(self, mini_batch: list[TrainSequence]) -> list[TrainSequence]:
-        # Without a KL term, an advantage of 0 gives a gradient of exactly 0: nothing need be computed for it. One is
+        # Without other terms, advantages of 0 give a gradient of exactly 0: nothing need be computed for them. One is
         # kept where none has signal, so that every rank still steps and the engine is still compared.
-        if self._config.kl_coef:
+        if self._config.kl_in_loss or self._config.entropy_coef:
             return mini_batch
-        return [sequence for sequence in mini_batch if sequence.advantage != 0.0] or mini_batch[:1]
+        return [sequence for sequence in mini_batch if sequence.has_signal] or mini_batch[:1]
+
+    @torch.no_grad()
+    def _proximal_logprobs(self, mini_batches: list[list[TrainSequence]]) -> list[list[Tensor] | None]:
+        """For each mini-batch the current logprobs of its micro-batches, where the update will need them: not of the
+        first, whose own forward passes come before any update."""
+        found: list[list[Tensor] | None] = [None] * len(mini_batches)
+        if self._config.weighs_tokens:
+            for number, mini_batch in list(enumerate(mini_batches))[1:]:
+                found[number] = [
+                    self._engine.logprobs(self._packed(mini_batch, indices))[0].detach()
+                    for indices in self._micro_batches(mini_batch)
+                ]
+        return found
+
+    def _packed(self, mini_batch: list[TrainSequence], indices: Sequence[int]) -> MicroBatch:
+        return self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
 
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
         budget = self._config.tokens_per_micro_batch
         return self._packing.assign(sequences, self._world_size, budget)[self._rank]
 
     def _accumulate_gradients(
-        self, mini_batch: list[TrainSequence], divisor: float, statistics: UpdateStatistics, *, first: bool
+        self,
+        mini_batch: list[TrainSequence],
+        divisor: float,
+        proximal: list[Tensor] | None,
+        statistics: UpdateStatistics,
+        *,
+        first: bool,
     ) -> None:
         """This rank's backward passes, counted in `statistics`."""
         micro_batches = self._micro_batches(mini_batch)
         for number, indices in enumerate(micro_batches):
-            batch = self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
+            batch = self._packed(mini_batch, indices)
             logprobs_N, entropies_N = self._engine.logprobs(batch)
-            parts = self._objective(batch, logprobs_N)
+            proximal_N = logprobs_N.detach() if proximal is None else proximal[number]
+            parts = self._objective(batch, logprobs_N, entropies_N, proximal_N)
             # The mean over ranks counts; ours are parts of one sum.
             scaled = parts.loss * (self._world_size / max(1.0, divisor))
             self._engine.backward(scaled, last=number == len(micro_batches) - 1)
             statistics.add(batch, logprobs_N, entropies_N, parts, first=first)
 
-    def _objective(self, batch: MicroBatch, logprobs_N: Tensor) -> Objective:
+    def _objective(self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor, proximal_N: Tensor) -> Objective:
         reference_N = None
-        if self._reference is not None:
+        if self._reference is not None and self._config.kl_in_loss:
             with torch.no_grad():
                 reference_N, _ = self._reference(batch, self._temperature)
-        return objective(self._config, batch, logprobs_N, reference_N)
+        return objective(self._config, batch, logprobs_N, reference_N, proximal_N=proximal_N, entropies_N=entropies_N)
 
     def _finite_everywhere(self, loss: Tensor) -> bool:
         """Whether the loss of every rank is finite: all of them step, or none does."""

@@ -22,8 +22,9 @@ LearnStats = dict[str, float]
 
 # Float64 each. "sampled": of the first mini-batch, whose weights may be the ones that sampled.
 _SUMS = (
-    "loss", "kl", "kl_k3", "reference_kl", "entropy", "clipped", "clipped_high", "ratio", "squared_ratio",
-    "squared_log_ratio", "sampled_difference", "sampled_trained", "trained", "tokens", "computed", "cells", "pairs",
+    "loss", "kl", "kl_k3", "reference_kl", "entropy", "clipped", "clipped_high", "corrected", "correction", "ratio",
+    "squared_ratio", "squared_log_ratio", "sampled_difference", "sampled_trained", "trained", "tokens", "computed",
+    "cells", "pairs",
 )  # fmt: skip
 _MAXIMA = ("ratio", "negative_ratio", "sampled_difference", "seconds")
 
@@ -72,6 +73,8 @@ class UpdateStatistics:
         self._sum("entropy", _counted(entropies_N, mask_N).sum())
         self._sum("clipped", parts.clipped)
         self._sum("clipped_high", parts.clipped_high)
+        self._sum("corrected", parts.corrected)
+        self._sum("correction", parts.correction)
         self._sum("ratio", _counted(ratio_N, mask_N).sum())
         self._sum("squared_ratio", _counted(ratio_N.square(), mask_N).sum())
         self._sum("squared_log_ratio", log_ratio_N.square().sum())
@@ -137,6 +140,8 @@ def _token_statistics(sums: dict[str, float], maxima: dict[str, float]) -> Learn
         "clip_fraction": mean["clipped"],
         "clip_fraction_low": mean["clipped"] - mean["clipped_high"],
         "clip_fraction_high": mean["clipped_high"],
+        "correction_fraction": mean["corrected"],
+        "correction_weight": mean["correction"],
         # Where nothing was trained there is no ratio; 1 is what it would be if nothing had changed.
         "ratio_mean": mean["ratio"] if trained else 1.0,
         "ratio_min": -maxima["negative_ratio"] if trained else 1.0,

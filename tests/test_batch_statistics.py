@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_run_files import trajectory
 
-from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
 from raygym.batch_statistics import ADVANTAGE_EDGES, advantage_histogram, batch_metrics
 from raygym.histogram import Histogram
+from raygym.method_config import MethodConfig
 from raygym.types import EpisodeStatus, Group, Task, TrainSequence, Trajectory
 
 
@@ -25,7 +25,7 @@ def group(index: int, episodes: list[tuple[float, int]]) -> Group:
 
 
 def learned(groups: list[Group]) -> list[TrainSequence]:
-    return train_sequences(groups, ADVANTAGES["grpo"])
+    return train_sequences(groups, MethodConfig().resolved())
 
 
 def test_groups_and_lengths() -> None:

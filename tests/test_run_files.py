@@ -14,12 +14,12 @@ from rich.console import Console
 from table_engine import TableEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
 from raygym.config import LearnerConfig, RunConfig
 from raygym.config_file import load_config, parse_config
 from raygym.console import RunConsole, sparkline
 from raygym.histogram import Histogram
+from raygym.method_config import MethodConfig
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics, validation_metrics
 from raygym.model_flops import ModelFlops
 from raygym.open_group import GroupState
@@ -99,8 +99,9 @@ def test_a_failed_validation_task_is_no_reward_of_zero() -> None:
 
 
 def test_train_sequences_carry_their_groups_advantage() -> None:
-    sequences = train_sequences(collected().groups, ADVANTAGES["grpo"])
-    assert np.allclose([s.advantage for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
+    sequences = train_sequences(collected().groups, LearnerConfig().resolved())
+    assert np.allclose([s.advantages[2] for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
+    assert [s.group for s in sequences] == [0, 0, 1, 1]
 
 
 def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> None:
@@ -154,7 +155,7 @@ def test_a_histogram_and_what_is_not_finite_are_json_and_reach_tensorboard(confi
 def test_the_scalars_of_updates_and_syncs() -> None:
     engine = TableEngine()
     update = PolicyUpdate(LearnerConfig(), engine, 1.0, flops=ModelFlops(1.0, 1.0, 1.0))
-    stats = update.run(train_sequences(collected().groups, ADVANTAGES["grpo"]))
+    stats = update.run(train_sequences(collected().groups, MethodConfig().resolved()))
     learned = learn_metrics(stats)
     assert learned["policy/ratio_max"] == stats["ratio_max"] and learned["grad/norm"] == stats["grad_norm"]
     assert learned["learn/tflops_per_s"] == stats["tflops_per_s"] and "learn/mfu" not in learned

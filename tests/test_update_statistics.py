@@ -80,7 +80,7 @@ def plain(
     # What the bounds are for: one ratio a token, or a sequence.
     bounded = [np.full_like(row, row.mean()) if config.loss == "gspo" and len(row) else row for row in log_ratios]
     ratio = np.exp(np.concatenate(bounded))
-    credit = np.concatenate([np.full(len(row), s.advantage) for row, s in zip(log_ratios, sequences, strict=True)])
+    credit = np.concatenate([s.advantages[s.loss_mask] for s in sequences])
     if config.loss == "cispo":
         high, low = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low
     else:
@@ -128,7 +128,7 @@ METHODS: list[dict[str, Any]] = [
 def test_statistics_equal_plain_formulas_however_the_batch_is_cut(
     lengths: list[int], ranks: int, budget: int, packing: Packing, method: dict[str, Any]
 ) -> None:
-    config, rng = LearnerConfig(**method, clip_low=0.1, clip_high=0.15), np.random.default_rng(len(lengths))
+    config, rng = LearnerConfig(**method, clip_low=0.1, clip_high=0.15).resolved(), np.random.default_rng(len(lengths))
     sequences = [make_sequence(length, seed, trained=0.5) for seed, length in enumerate(lengths)]
     counts = [int(sequence.loss_mask.sum()) for sequence in sequences]
     current = [s.logprobs[s.loss_mask] + rng.normal(0, 0.3, n) for s, n in zip(sequences, counts, strict=True)]
@@ -148,7 +148,7 @@ def test_statistics_equal_plain_formulas_however_the_batch_is_cut(
 def test_reinforce_has_no_bound() -> None:
     sequences = [make_sequence(30, 0)]
     far = [sequences[0].logprobs[sequences[0].loss_mask].astype(np.float64) + 3]
-    stats = counted(LearnerConfig(**METHODS[3]), sequences, far, far, ROWS, 1, 100)
+    stats = counted(LearnerConfig(**METHODS[3]).resolved(), sequences, far, far, ROWS, 1, 100)
     assert stats["clip_fraction"] == stats["clip_fraction_high"] == stats["clip_fraction_low"] == 0
     assert stats["ratio_mean"] == pytest.approx(math.exp(3))
 
@@ -160,7 +160,7 @@ def test_what_sequences_share_is_computed_once_and_costs_so() -> None:
     ids[30] = 1
     sequences = [first, replace(first, token_ids=ids)]
     current = [sequence.logprobs[sequence.loss_mask].astype(np.float64) for sequence in sequences]
-    config = LearnerConfig()
+    config = LearnerConfig().resolved()
     plainly = counted(config, sequences, current, current, ROWS, 1, 1000)
     shared = counted(config, sequences, current, current, FOREST, 1, 1000)
     assert shared["shared_fraction"] == 30 / 80 and plainly["shared_fraction"] == 0
@@ -191,6 +191,10 @@ def test_an_update_tells_its_statistics() -> None:
     assert update.run(made(engine))["ratio_ess"] <= 1
 
 
+def with_advantage(sequence: TrainSequence, advantage: float) -> TrainSequence:
+    return replace(sequence, advantages=np.where(sequence.loss_mask, advantage, 0).astype(np.float32))
+
+
 @pytest.mark.parametrize("how", ["a weight", "an advantage"])
 def test_a_loss_that_is_not_finite_makes_no_update(how: str) -> None:
     engine = TableEngine()
@@ -199,7 +203,7 @@ def test_a_loss_that_is_not_finite_makes_no_update(how: str) -> None:
     if how == "a weight":
         engine.table_VV.data[:] = math.nan
     else:
-        sequences[0] = replace(sequences[0], advantage=math.inf)
+        sequences[0] = with_advantage(sequences[0], math.inf)
     before = engine.table_VV.detach().clone()
     stats = update.run(sequences)
     assert not math.isfinite(stats["loss"]) and math.isnan(stats["grad_norm"])
@@ -226,7 +230,7 @@ def test_a_gradient_that_is_not_finite_ends_the_updates() -> None:
 def test_a_rank_whose_loss_is_finite_refuses_what_another_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = TableEngine(), TableEngine()
     sequences = made(engines[0])
-    sequences[0] = replace(sequences[0], advantage=math.nan)
+    sequences[0] = with_advantage(sequences[0], math.nan)
     with gang(monkeypatch) as sent:
         for rank, engine in enumerate(engines):  # rank 0 has the bad one, as rows are dealt out longest first
             PolicyUpdate(LearnerConfig(lr=0.5), engine, 1.0, rank=rank, world_size=2).run(sequences)
