@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.weight_sender import send_version
 from raygym.config import LearnerConfig
+from raygym.model_flops import ModelFlops, known_peak_tflops
 from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import Packing, choose_packing
@@ -89,6 +90,7 @@ class LearnerActor:
         model = TokenLogprobs(self.policy)
         packing = choose_packing(model, config.packing)
         logger.info("learner.packing: %s", packing.name)
+        flops = ModelFlops.of(self.policy)
         # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
         # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
         optimizer = torch.optim.AdamW(
@@ -105,7 +107,16 @@ class LearnerActor:
             world_size=self.world_size,
             device=self._device,
             reference=self._load_reference(packing) if config.kl_coef else None,
+            flops=flops,
+            peak_flops=self._peak_flops(),
         )
+
+    def _peak_flops(self) -> float | None:
+        """What this rank's device can do in `dtype`, operations a second."""
+        tflops = self.config.peak_tflops
+        if tflops is None and self._device.type == "cuda" and self.config.dtype == "bfloat16":
+            tflops = known_peak_tflops(torch.cuda.get_device_name())
+        return tflops * 1e12 if tflops is not None else None
 
     def _load_reference(self, packing: Packing) -> TokenLogprobs:
         reference = TokenLogprobs(self._load_policy())
@@ -138,6 +149,10 @@ class LearnerActor:
         """Logprobs of the trained tokens of this rank's share; see `PolicyUpdate.token_logprobs`. All ranks at once."""
         return self._update.token_logprobs(sequences)
 
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
+        """The same under the starting policy; see `PolicyUpdate.reference_logprobs`. All ranks at once."""
+        return self._update.reference_logprobs(sequences)
+
     def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Of `TrainEngine`."""
         logprobs_N, entropies_N = self._engine(batch, self._temperature)
@@ -157,6 +172,9 @@ class LearnerActor:
             # Without ZeRO DeepSpeed clips without telling the norm; gradients are whole and reduced by now.
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
+            if not norm.isfinite():
+                return float(norm)
+        # Its other optimizers look at the norm themselves, and step only where it is finite.
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 

@@ -50,7 +50,14 @@ class LearnerGroup:
 
     def token_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Float32Array]:
         """For each sequence T logprobs under the current weights, 0 where its mask is False."""
-        shares = self.call_all("token_logprobs", ray.put(list(sequences)), timeout_s=self.config.update_timeout_s)
+        return self._logprobs("token_logprobs", sequences)
+
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Float32Array]:
+        """The same under the starting policy, which is there where `kl_coef` is above 0."""
+        return self._logprobs("reference_logprobs", sequences)
+
+    def _logprobs(self, method: str, sequences: Sequence[TrainSequence]) -> list[Float32Array]:
+        shares = self.call_all(method, ray.put(list(sequences)), timeout_s=self.config.update_timeout_s)
         found = {index: logprobs for share in shares for index, logprobs in share.items()}
         return [found[index] for index in range(len(sequences))]
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from raygym.actors.session import Session
-from raygym.algorithms.advantages import ADVANTAGES
-from raygym.batch import train_sequences
+from raygym.alarm_watch import AlarmWatch
+from raygym.alarms import AlarmStop
+from raygym.batch import train_sequences, without_advantages
+from raygym.batch_statistics import advantage_histogram, batch_metrics
 from raygym.config import RunConfig
 from raygym.console import RunConsole
-from raygym.metrics import rollout_metrics
+from raygym.histogram import Histogram
+from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
 from raygym.run_files import RunFiles
+from raygym.schedule import Collected
+from raygym.types import Group, TrainSequence
 from raygym.validation import ValidationStream
 
 # What the live line says of the parts of a step.
@@ -33,8 +38,9 @@ class Trainer:
         self._session = session
         self._files = files
         self._console = console
-        self._advantages = ADVANTAGES[config.learner.advantage]
         self._metrics: dict[str, float] = {}
+        self._more: dict[str, str | Histogram] = {}
+        self._alarms = AlarmWatch(config, files, console)
         self._doing = ""
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
 
@@ -48,49 +54,55 @@ class Trainer:
             with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
-                sequences = train_sequences(collected.groups, self._advantages)
+                sequences = self._train_sequences(collected.groups)
+                self._metrics |= rollout_metrics(collected, version) | batch_metrics(collected.groups, sequences)
+                self._require_finite(step + 1, version, collected)
+                self._more["advantage/histogram"] = advantage_histogram(sequences)
                 with self._timed("learn"):
-                    learned = session.learners.update(sequences)
+                    self._metrics |= learn_metrics(session.learners.update(sequences))
+                self._require_finite(step + 1, version, collected)
                 with self._timed("validate_wait"):  # it is played by the weights that go now
                     self._validation.wait()
                 with self._timed("sync"):
                     published = session.weights.publish(version + 1)
-                self._record(collected, version, learned, published)
+                self._metrics |= sync_metrics(published)
+                self._more["sync/checksum"] = self._checksum = published.checksum
                 version = published.version
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
+                self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
             self._log(step + 1)
+            if self._alarms.stop is not None:
+                self._end(version, self._alarms.stop)
         return self._finish(version)
 
-    def _record(self, collected: Any, version: int, learned: Any, published: Any) -> None:
-        self._metrics |= rollout_metrics(collected, version)
-        self._metrics |= {
-            "policy/logprob_abs_diff": learned["logprob_abs_diff"],
-            "policy/logprob_abs_diff_max": learned["logprob_abs_diff_max"],
-            "policy/kl": learned["kl"],
-            "policy/entropy": learned["entropy"],
-            "policy/clip_fraction": learned["clip_fraction"],
-            "policy/reference_kl": learned["reference_kl"],
-            "loss": learned["loss"],
-            "lr": learned["lr"],
-            "grad/norm": learned["grad_norm"],
-            "tokens/trained": learned["tokens_trained"],
-            "tokens/total": learned["tokens_total"],
-            "tokens/padding_fraction": learned["padding_fraction"],
-            "tokens/shared_fraction": learned["shared_fraction"],
-            "sync/bytes": published.nbytes,
-            "sync/broadcast_s": published.broadcast_s,
-            "sync/apply_s": published.apply_s,
-            "sync/gib_per_s": published.nbytes / 2**30 / published.broadcast_s,
-            "sync/turns_restarted": published.turns_restarted,
-            "sync/turns_late": published.turns_late,
-        }
-        self._checksum = published.checksum
+    def _train_sequences(self, groups: Sequence[Group]) -> list[TrainSequence]:
+        reference = None
+        if self._config.learner.kl_in_reward:
+            reference = self._session.learners.reference_logprobs(without_advantages(groups))
+        return train_sequences(groups, self._config.learner, reference)
+
+    def _require_finite(self, step: int, version: int, collected: Collected) -> None:
+        try:
+            self._alarms.require_finite(step, self._metrics, collected)
+        except AlarmStop as stop:
+            if self._metrics.get("learn/updates"):  # what the learners hold is no version any more
+                raise
+            self._end(version, stop)
+
+    def _end(self, version: int, stop: AlarmStop) -> NoReturn:
+        """End the run by an alarm: the policy is saved, and the validation that plays it waited for."""
+        try:
+            self._finish(version)
+        except Exception as error:  # the alarm is what has to be told
+            self._console.line(f"after the alarm, the policy could not be saved or validated: {error}")
+        raise stop
 
     def _log(self, step: int) -> None:
         metrics, self._metrics = self._metrics, {}
-        row = {**metrics, "sync/checksum": self._checksum}
+        more, self._more = self._more, {}
+        row = {**metrics, **more}
         if self._validation.due(step):
             held = self._files.hold(step, row)
             self._console.step(step, metrics)

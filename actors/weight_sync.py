@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from ray.serve.handle import DeploymentHandle
 
@@ -13,23 +12,7 @@ from raygym.actors.learner_group import LearnerGroup
 from raygym.actors.policy_server import Applied, ReplicaState
 from raygym.actors.serving import broadcast
 from raygym.config import SyncConfig
-from raygym.weights import Manifest, WeightsError, compare_checksums, model_checksum
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """One version that every replica serves."""
-
-    version: int
-    checksum: str
-    nbytes: int
-    """Bytes of one version, as sent to each replica."""
-    broadcast_s: float
-    apply_s: float
-    """Waiting for turns included."""
-    turns_restarted: int = 0
-    turns_late: int = 0
-    """Over all replicas, as in `Applied`."""
+from raygym.weights import Manifest, Published, WeightsError, compare_checksums, model_checksum
 
 
 class WeightSync:

@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium
 
 from raygym.check_tools import tool_problems
-from raygym.env import EnvError, StepResult, make_env
+from raygym.env import EnvError, StepResult, components_problem, make_env
 from raygym.env_host import EnvHost
 from raygym.types import EpisodeFailure, Message, Task
 
@@ -32,8 +32,9 @@ def check_env(
     """Play short episodes as a run would, and report every way in which `env` breaks the contract; [] is good.
 
     Checked: that `reset` and `step` can be called as runs do, return what they should with finite rewards, and answer
-    any reply, also calls of unknown tools or with malformed arguments; that one seed gives the same episode twice; that
-    it ends; that tools are OpenAI's schemas; that async methods do not block; that `close` works; that kwargs pickle.
+    any reply, also calls of unknown tools or with malformed arguments; that what a reward is said to consist of sums to
+    it; that one seed gives the same episode twice; that it ends; that tools are OpenAI's schemas; that async methods do
+    not block; that `close` works; that kwargs pickle.
     Raises and prints nothing. Works inside a running event loop too, which it does block.
 
     Args:
@@ -153,6 +154,9 @@ class _Check:
                 self.problems.append(f"{where}: {failure.detail}")
                 return seen
             seen.append(step)
+            if problem := _unnamed_rewards(seen[1:]):
+                self.problems.append(f"{where}: {problem}")
+                return seen
             if step.terminated or step.truncated:
                 return seen
         self.problems.append(
@@ -208,6 +212,16 @@ class _Check:
                     f"{where} blocked the event loop for {longest:.2f} s; await what takes time, or write a plain "
                     "method, which gets a thread of its own"
                 )
+
+
+def _unnamed_rewards(steps: list[StepResult]) -> str:
+    """What is wrong where some steps tell what their reward consists of and others do not."""
+    named: dict[str, float] = {}
+    for step in steps:
+        for name, reward in step.reward_components.items():
+            named[name] = named.get(name, 0.0) + reward
+    problem = components_problem(named, sum(step.reward for step in steps)) if named else ""
+    return problem and f'some steps tell info["rewards"] and others do not: the episode has {problem}'
 
 
 def _replies(tools: list[dict[str, Any]]) -> list[Message]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from raygym.alarm_config import AlarmsConfig
 from raygym.config_section import (
     ConfigError,
     NonNegativeFloat,
@@ -244,11 +245,26 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     @property
     def run_dir(self) -> Path:
         """`<runs_dir>/<name>`."""
         return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _method_is_resolved(self) -> RunConfig:
+        learner = self.learner.resolved(stale=self.rollout.max_staleness > 0, most_generated=self.most_generated)
+        object.__setattr__(self, "learner", learner)  # frozen, but not yet anybody's
+        return self
+
+    @property
+    def most_generated(self) -> int:
+        """Tokens that an episode can generate, in the environment that allows most."""
+        return max(
+            (env.max_turns or self.rollout.max_turns) * (env.max_tokens_per_turn or self.rollout.max_tokens_per_turn)
+            for env in self.envs
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

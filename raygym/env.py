@@ -14,7 +14,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,8 @@ import raygym.envs  # noqa: F401 - registers the built-in environments
 from raygym.installed_envs import installed_env, installed_env_ids
 from raygym.types import Message
 
+_SUM_TOLERANCE = 1e-6
+"""Of a reward's components, relative to the reward where that is above 1."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -97,7 +99,9 @@ class ChatEnv(gymnasium.Env[Any, Message]):
 
         Returns:
             `(observation, reward, terminated, truncated, info)`; scalars in `info["metrics"]` of the last step are
-            logged. The observation may be None when the episode ends.
+            logged. `info["rewards"]`, numbers by name that sum to the reward, tells what it consists of
+            (`learner.reward_weights`, `learner.advantage: gdpo`); who names a part of an episode's reward names all of
+            it. The observation may be None when the episode ends.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement step(self, action)")
 
@@ -113,6 +117,8 @@ class StepResult:
     truncated: bool
     metrics: dict[str, float]
     """`info["metrics"]`, or nothing."""
+    reward_components: dict[str, float] = field(default_factory=dict)
+    """`info["rewards"]`, or nothing; the sum is `reward`."""
 
 
 def normalize_observation(observation: Any) -> list[Message]:
@@ -157,15 +163,28 @@ def parse_step(result: Any) -> StepResult:
             raise EnvError(f"step returned {_describe(flag)} as {name}; expected True or False")
     if not isinstance(info, Mapping):
         raise EnvError(f"step returned {_describe(info)} as info; expected a dict")
+    checked = _finite(reward, "reward")
+    components = _numbers(info.get("rewards", {}), "rewards")
+    if components and (problem := components_problem(components, checked)):
+        raise EnvError(f'step returned info["rewards"] {problem}')
     ended = bool(terminated or truncated)
     empty = observation is None or (isinstance(observation, list | tuple) and not observation)
     return StepResult(
         messages=[] if ended and empty else normalize_observation(observation),
-        reward=_finite(reward, "reward"),
+        reward=checked,
         terminated=bool(terminated),
         truncated=bool(truncated),
-        metrics=_metrics(info.get("metrics", {})),
+        metrics=_numbers(info.get("metrics", {}), "metrics"),
+        reward_components=components,
     )
+
+
+def components_problem(components: Mapping[str, float], reward: float) -> str:
+    """How the components of a reward miss it, or nothing: they must sum to it, up to rounding."""
+    total = math.fsum(components.values())
+    if abs(total - reward) <= _SUM_TOLERANCE * max(1.0, abs(reward)):
+        return ""
+    return f"{dict(components)}, whose sum is {total:g}, with a reward of {reward:g}; expected the reward as their sum"
 
 
 def find_env(env_id: str) -> Callable[..., Any]:
@@ -304,10 +323,10 @@ def _finite(value: Any, name: str) -> float:
     return float(value)
 
 
-def _metrics(metrics: Any) -> dict[str, float]:
-    if not isinstance(metrics, Mapping):
-        raise EnvError(f'step returned {_describe(metrics)} as info["metrics"]; expected a dict of numbers')
-    return {str(key): _finite(value, f'info["metrics"][{key!r}]') for key, value in metrics.items()}
+def _numbers(values: Any, name: str) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise EnvError(f'step returned {_describe(values)} as info["{name}"]; expected a dict of numbers')
+    return {str(key): _finite(value, f'info["{name}"][{key!r}]') for key, value in values.items()}
 
 
 def _describe(value: Any) -> str:

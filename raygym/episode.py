@@ -15,7 +15,7 @@ import numpy as np
 from raygym.chat import ChatRenderer, TemplateError
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.engine import NO_LOGPROB
-from raygym.env import StepResult
+from raygym.env import StepResult, components_problem
 from raygym.env_host import DeadlineMissed, Host, within
 from raygym.tasks import turn_seed
 from raygym.types import (
@@ -151,6 +151,7 @@ async def run_episode(
         failure=failure.kind if failure else None,
         failure_detail=failure.detail if failure else "",
         metrics=record.metrics,
+        reward_components={} if failure else record.reward_components,
     )
 
 
@@ -256,6 +257,7 @@ class _Record:
         self.turns: list[Turn] = []
         self.messages: list[Message] = []
         self.metrics: dict[str, float] = {}
+        self.reward_components: dict[str, float] = {}
 
     def add_generation(self, prompt: Int32Array, generation: Generation, action: Message) -> None:
         """Tokens enter only once the policy has seen them: the prompt together with its continuation."""
@@ -277,3 +279,9 @@ class _Record:
         self.turns.append(Turn(start, end, step.reward, generation.finish_reason, generate_s, env_s))
         self.messages += step.messages
         self.metrics = step.metrics
+        for name, reward in step.reward_components.items():
+            self.reward_components[name] = self.reward_components.get(name, 0.0) + reward
+        total = sum(turn.reward for turn in self.turns)
+        if self.reward_components and (problem := components_problem(self.reward_components, total)):
+            detail = f'some steps tell info["rewards"] and others do not: by turn {len(self.turns)} there is {problem}'
+            raise EpisodeFailure(FailureKind.ENV_ERROR, detail)

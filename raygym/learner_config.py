@@ -1,12 +1,13 @@
-"""The section `learner` of the run config: the algorithm, and DeepSpeed."""
+"""The section `learner` of the run config: the method, of `method_config.py`, and DeepSpeed."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raygym.config_section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from raygym.config_section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from raygym.method_config import MethodConfig
 
 # DeepSpeed keys that raygym computes itself, from the batch and the rank count.
 _DEEPSPEED_OWNED = (
@@ -17,21 +18,12 @@ _DEEPSPEED_OWNED = (
     "optimizer",
     "scheduler",
 )
-# Names of `raygym.algorithms`, whose docstrings say what each is.
-LossName = Literal["clip", "gspo", "cispo", "reinforce"]
-LossMean = Literal["token", "sequence", "constant"]
-KlEstimator = Literal["k1", "k2", "k3"]
 PackingName = Literal["auto", "forest", "rows"]
-AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 
 
-class LearnerConfig(Section):
-    """GRPO and its family on DeepSpeed."""
+class LearnerConfig(MethodConfig):
+    """The method, and DeepSpeed."""
 
-    algorithm: Literal["grpo"] = "grpo"
-    advantage: AdvantageName = "grpo"
-    """How rewards become advantages. `reinforce_pp` normalises over all episodes of a step, the others look at groups;
-    `reinforce_pp_baseline` does both."""
     num_learners: PositiveInt = 1
     gpus_per_learner: NonNegativeFloat = 0
     lr: PositiveFloat = 1e-6
@@ -39,23 +31,6 @@ class LearnerConfig(Section):
     """Optimizer updates over which the learning rate rises linearly to `lr`."""
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
-    loss: LossName = "clip"
-    """`reinforce` has no ratio, so it is exact on-policy only: one mini-batch, no staleness."""
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The ratio's lower bound is 1 - `clip_low`: with 1 there is none."""
-    clip_high: PositiveFloat = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """With `loss: clip`, a second bound on the ratio where the advantage is negative; 3 is usual."""
-    loss_mean: LossMean = "token"
-    """What counts the same in a mini-batch: each `token`, each `sequence`, or each token whatever else is in the
-    mini-batch (`constant`: sequences x `loss_length`)."""
-    loss_length: PositiveInt | None = None
-    """Tokens, with `loss_mean: constant`: the most that an episode can generate."""
-    kl_coef: NonNegativeFloat = 0.0
-    """Weight of the KL to the starting policy, in the loss; above 0 a frozen copy is kept."""
-    kl_estimator: KlEstimator = "k3"
-    """`k2` has the KL's own gradient on-policy, `k3` is the one of GRPO, `k1` only measures: its gradient is 0 on
-    average."""
     grad_clip: PositiveFloat = 1.0
     mini_batches: PositiveInt = 1
     """Optimizer updates made from one step's groups."""
@@ -66,6 +41,8 @@ class LearnerConfig(Section):
     threads: NonNegativeInt = 0
     """CPU threads of one learner; 0 shares the cores among the learners."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    peak_tflops: PositiveFloat | None = None
+    """What one learner's device can do in `dtype`, for `learn/mfu`; known of usual GPUs in bfloat16."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed; `zero_optimization: {stage: 0..3}` chooses the ZeRO stage."""
     startup_timeout_s: PositiveFloat = 600
@@ -79,27 +56,6 @@ class LearnerConfig(Section):
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
             raise ValueError("deepspeed.zero_optimization must be a mapping with stage: 0, 1, 2 or 3")
-        return self
-
-    @model_validator(mode="after")
-    def _loss_is_whole(self) -> LearnerConfig:
-        if self.dual_clip is not None and self.loss != "clip":
-            raise ValueError(f"dual_clip: bounds the ratio of loss: clip; found loss: {self.loss}; remove one of them")
-        if self.loss == "gspo" and self.loss_mean != "sequence":
-            raise ValueError(
-                f"loss_mean: {self.loss_mean} weights a sequence by its length, but loss: gspo has one loss for each; "
-                f"expected loss_mean: sequence"
-            )
-        if self.loss_mean == "constant" and self.loss_length is None:
-            raise ValueError(
-                "loss_length: missing; loss_mean: constant divides by it; expected a number of tokens, such as "
-                "rollout.max_turns x rollout.max_tokens_per_turn"
-            )
-        if self.loss_mean != "constant" and self.loss_length is not None:
-            raise ValueError(
-                f"loss_length: {self.loss_length} is used by loss_mean: constant only; found loss_mean: "
-                f"{self.loss_mean}; remove one of them"
-            )
         return self
 
     @property

@@ -1,12 +1,46 @@
-"""The scalars of a run: what a collection of groups amounts to. Names are those of the design's metrics list."""
+"""The scalars of a run: what rollouts, updates and syncs amount to, by the names that people see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean, pstdev
+from types import MappingProxyType
 
 from raygym.schedule import Collected
 from raygym.types import Trajectory
+from raygym.weights import Published
+
+_LEARNED: Mapping[str, str] = MappingProxyType(
+    {
+        "loss": "loss",
+        "lr": "lr",
+        "grad/norm": "grad_norm",
+        "policy/entropy": "entropy",
+        "policy/kl": "kl",
+        "policy/kl_k3": "kl_k3",
+        "policy/reference_kl": "reference_kl",
+        "policy/clip_fraction": "clip_fraction",
+        "policy/clip_fraction_low": "clip_fraction_low",
+        "policy/clip_fraction_high": "clip_fraction_high",
+        "policy/correction_fraction": "correction_fraction",
+        "policy/correction_weight": "correction_weight",
+        "policy/ratio_mean": "ratio_mean",
+        "policy/ratio_min": "ratio_min",
+        "policy/ratio_max": "ratio_max",
+        "policy/ratio_ess": "ratio_ess",
+        "policy/log_ratio_std": "log_ratio_std",
+        "policy/logprob_abs_diff": "logprob_abs_diff",
+        "policy/logprob_abs_diff_max": "logprob_abs_diff_max",
+        "tokens/trained": "tokens_trained",
+        "tokens/total": "tokens_total",
+        "tokens/padding_fraction": "padding_fraction",
+        "tokens/shared_fraction": "shared_fraction",
+        "learn/updates": "updates",
+        "learn/tokens_per_s": "tokens_per_s",
+    }
+)
+"""What `PolicyUpdate.run` says of each update, which it documents."""
+_LEARNED_WHERE_KNOWN: Mapping[str, str] = MappingProxyType({"learn/tflops_per_s": "tflops_per_s", "learn/mfu": "mfu"})
 
 
 def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
@@ -35,6 +69,24 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     metrics |= {f"episodes/failed/{kind}": count for kind, count in sorted(collected.failures.items())}
     metrics |= {f"env/{env}/failed": count for env, count in sorted(collected.failures_by_env.items())}
     return metrics | _per_environment(trajectories)
+
+
+def learn_metrics(stats: Mapping[str, float]) -> dict[str, float]:
+    """Scalars of one step's updates, from the `LearnStats` of `PolicyUpdate.run`."""
+    metrics = {name: stats[key] for name, key in _LEARNED.items()}
+    return metrics | {name: stats[key] for name, key in _LEARNED_WHERE_KNOWN.items() if key in stats}
+
+
+def sync_metrics(published: Published) -> dict[str, float]:
+    """Scalars of one version's way to the engines."""
+    return {
+        "sync/bytes": published.nbytes,
+        "sync/broadcast_s": published.broadcast_s,
+        "sync/apply_s": published.apply_s,
+        "sync/gib_per_s": published.nbytes / 2**30 / published.broadcast_s,
+        "sync/turns_restarted": published.turns_restarted,
+        "sync/turns_late": published.turns_late,
+    }
 
 
 def validation_metrics(collected: Collected) -> dict[str, float]:

@@ -48,6 +48,8 @@ class MicroBatch:
     """Tokens of the sequences, each sequence's counted by itself."""
     num_computed: int
     """The same without what several of them share, which is computed once."""
+    num_pairs: int
+    """T x T of each sequence, summed; of what several share, once. (2 x position + 1 of each computed token.)"""
     forest: ForestLayout | None = None
     """Where the one row is a `PrefixForest`."""
 
@@ -183,20 +185,21 @@ def micro_batch(
     trained = [np.flatnonzero(sequence.loss_mask) for sequence in sequences]
     starts = np.cumsum([0, *(len(tokens) for tokens in trained)])
     pairs = list(zip(sequences, trained, strict=True))
-    used = len(np.unique(np.concatenate(places))) if places else 0
+    used = np.unique(np.concatenate(places)) if places else np.zeros(0, dtype=np.int32)
     return MicroBatch(
         input_ids_BL=torch.from_numpy(ids_BL).long(),
         position_ids_BL=torch.from_numpy(positions_BL).long(),
         positions_N=_joined([where[tokens - 1] for where, tokens in zip(places, trained, strict=True)], torch.int64),
         target_ids_N=_joined([sequence.token_ids[tokens] for sequence, tokens in pairs], torch.int64),
         behaviour_N=_joined([sequence.logprobs[tokens] for sequence, tokens in pairs], torch.float32),
-        advantages_N=_joined([np.full(len(tokens), sequence.advantage) for sequence, tokens in pairs], torch.float32),
+        advantages_N=_joined([sequence.advantages[tokens] for sequence, tokens in pairs], torch.float32),
         mask_N=torch.full((max(1, int(starts[-1])),), bool(starts[-1])),
         sequence_N=_joined(
             [np.full(len(tokens), start) for start, tokens in zip(starts[:-1], trained, strict=True)], torch.int64
         ),
         num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
-        num_computed=used,
+        num_computed=len(used),
+        num_pairs=int((2 * positions_BL.reshape(-1)[used].astype(np.int64) + 1).sum()),
         forest=forest,
     )
 

@@ -94,7 +94,8 @@ def _probe(vocab_size: int) -> list[TrainSequence]:
 
 
 def _all_trained(token_ids: np.ndarray) -> TrainSequence:
-    return TrainSequence(token_ids, np.arange(len(token_ids)) > 0, np.zeros(len(token_ids), dtype=np.float32), 1.0)
+    trained = np.arange(len(token_ids)) > 0
+    return TrainSequence.uniform(token_ids, trained, np.zeros(len(token_ids), dtype=np.float32), 1.0)
 
 
 def _one_by_one(model: TokenLogprobs) -> Tensor:

@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         ("turns", pa.list_(_TURN)),
         ("sampling", pa.struct([("temperature", pa.float64()), ("max_tokens", pa.int32())])),
         ("metrics", pa.map_(pa.string(), pa.float64())),
+        ("reward_components", pa.map_(pa.string(), pa.float64())),
         ("token_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
         ("logprobs", pa.list_(pa.float32())),
@@ -115,5 +116,7 @@ class ParquetParts:
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    texts = {"messages": json.dumps(record["messages"], ensure_ascii=False), "metrics": list(record["metrics"].items())}
-    return {**record, **texts, "loss_mask": [bool(trained) for trained in record["loss_mask"]]}
+    texts = {"messages": json.dumps(record["messages"], ensure_ascii=False)}
+    # Records of an earlier version have no components.
+    maps = {name: list(record.get(name, {}).items()) for name in ("metrics", "reward_components")}
+    return {**record, **texts, **maps, "loss_mask": [bool(trained) for trained in record["loss_mask"]]}

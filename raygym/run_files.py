@@ -1,36 +1,43 @@
-"""What a run leaves in its directory: config, metrics, trajectories, ledger, summary."""
+"""What a run leaves in its directory: config, metrics, trajectories, ledger, alarms, summary."""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from raygym.alarms import Alarm
 from raygym.config import RunConfig
 from raygym.config_file import dump_config
+from raygym.histogram import Histogram
 from raygym.schedule import Collected
 from raygym.types import Trajectory
 from raygym.whole_file import write_whole
+
+Row = Mapping[str, float | str | Histogram]
+"""What is known of one step, by the names that people see."""
 
 
 class HeldRow:
     """A step's row of metrics.jsonl that waits for the rest of it. It is written once, whichever thread is first."""
 
-    def __init__(self, write: Callable[[Mapping[str, float | str]], None], scalars: Mapping[str, float | str]) -> None:
+    def __init__(self, write: Callable[[Row], None], row: Row) -> None:
         self._write = write
-        self._scalars = scalars
+        self._row = row
         self._lock = threading.Lock()
         self._written = False
 
-    def write(self, rest: Mapping[str, float | str] | None = None) -> None:
+    def write(self, rest: Row | None = None) -> None:
         """Write it with the rest; without, as it is, where the rest will not come. Later calls do nothing."""
         with self._lock:
             if not self._written:
                 self._written = True
-                self._write({**self._scalars, **(rest or {})})
+                self._write({**self._row, **(rest or {})})
 
 
 class RunFiles:
@@ -46,19 +53,21 @@ class RunFiles:
         self._tensorboard = _tensorboard(self.path) if config.logging.tensorboard else None
         self._held: HeldRow | None = None
 
-    def metrics(self, step: int, scalars: Mapping[str, float | str]) -> None:
-        """Append one step's scalars to metrics.jsonl and TensorBoard."""
-        self._append("metrics.jsonl", {"step": step, **scalars})
+    def metrics(self, step: int, row: Row) -> None:
+        """Append what is known of one step to metrics.jsonl and TensorBoard."""
+        self._append("metrics.jsonl", {"step": step, **{name: _as_json(value) for name, value in row.items()}})
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                if not isinstance(value, str):
+            for name, value in row.items():
+                if isinstance(value, Histogram):
+                    _add_histogram(self._tensorboard, name, value, step)
+                elif not isinstance(value, str):
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
 
-    def hold(self, step: int, scalars: Mapping[str, float | str]) -> HeldRow:
+    def hold(self, step: int, row: Row) -> HeldRow:
         """Keep a step's row back until the rest of it is known, or the files are closed. Rows keep their order: the
         one that was held before must have been written."""
-        self._held = HeldRow(lambda whole: self.metrics(step, whole), scalars)
+        self._held = HeldRow(lambda whole: self.metrics(step, whole), row)
         return self._held
 
     def rollouts(self, step: int, collected: Collected, kind: str = "step") -> None:
@@ -92,6 +101,23 @@ class RunFiles:
         self._append("ledger.jsonl", *trained, *dropped)
         # Whole or not at all: whoever goes on from it must not find half of it.
         write_whole(self.path / "scheduler.json", json.dumps(collected.state.to_json()) + "\n")
+
+    def alarm(self, step: int, alarm: Alarm, metrics: Mapping[str, float], collected: Collected) -> Path:
+        """Keep a step at which something went wrong, whatever `logging.trajectories` says; returns the folder."""
+        folder = self.path / "alarms" / f"step_{step:06d}_{alarm.name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        records = [trajectory_record(t) for group in collected.groups for t in group.trajectories]
+        # The same step may be made again after a run was resumed: what was there is replaced.
+        write_whole(folder / "trajectories.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        found = {
+            "step": step,
+            "alarm": alarm.name,
+            "action": alarm.action,
+            "reason": alarm.reason,
+            "metrics": {name: _as_json(value) for name, value in metrics.items()},
+        }
+        write_whole(folder / "alarm.json", json.dumps(found, indent=2) + "\n")
+        return folder
 
     def summary(self, result: Mapping[str, Any]) -> None:
         """Write summary.json, the run's end."""
@@ -137,6 +163,7 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
         ],
         "sampling": {"temperature": trajectory.sampling.temperature, "max_tokens": trajectory.sampling.max_tokens},
         "metrics": trajectory.metrics,
+        "reward_components": trajectory.reward_components,
         "token_ids": trajectory.token_ids.tolist(),
         "loss_mask": trajectory.loss_mask.astype(int).tolist(),
         "logprobs": [round(value, 6) for value in trajectory.logprobs.tolist()],
@@ -156,6 +183,27 @@ def move_aside(path: Path) -> Path | None:
         target = path.with_name(f"{path.name}.{stamp}-{suffix}")
     path.rename(target)
     return target
+
+
+def _as_json(value: float | str | Histogram) -> Any:
+    if isinstance(value, Histogram):
+        return value.to_json()
+    # JSON has no NaN and no infinity; most readers refuse what Python would write for them.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _add_histogram(tensorboard: Any, name: str, histogram: Histogram, step: int) -> None:
+    tensorboard.add_histogram_raw(
+        name,
+        min=histogram.low,
+        max=histogram.high,
+        num=sum(histogram.counts),
+        sum=histogram.total,
+        sum_squares=histogram.squares,
+        bucket_limits=[*histogram.edges, sys.float_info.max],
+        bucket_counts=list(histogram.counts),
+        global_step=step,
+    )
 
 
 def _tensorboard(path: Path) -> Any:

@@ -73,6 +73,8 @@ class End:
     """The task was cut short (for example after too many turns) instead of finished."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Logged as `info["metrics"]`."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """What `reward` consists of, by name, as `info["rewards"]`."""
 
 
 class ToolEnv(ChatEnv):
@@ -201,7 +203,10 @@ def _ended(result: Any) -> Any:
 
 
 def _last(observation: Any, end: End) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-    return observation, end.reward, not end.truncated, end.truncated, {"metrics": dict(end.metrics)}
+    info: dict[str, Any] = {"metrics": dict(end.metrics)}
+    if end.rewards:
+        info["rewards"] = dict(end.rewards)
+    return observation, end.reward, not end.truncated, end.truncated, info
 
 
 def _result_message(call: Message, result: End | str) -> Message:

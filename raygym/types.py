@@ -165,6 +165,8 @@ class Trajectory:
     failure_detail: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     """The environment's own scalars (`info["metrics"]` of the last step)."""
+    reward_components: dict[str, float] = field(default_factory=dict)
+    """What the reward consists of, by name, where the environment says so: their sum is `reward`."""
     packed: bytes | None = field(default=None, init=False, repr=False, compare=False)
     """The bytes that it came from, whose memory its arrays share; None where it was made."""
 
@@ -200,10 +202,32 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
-    """What a learner needs of one trajectory: T tokens, which of them train, and with what advantage."""
+    """What a learner needs of one trajectory: T tokens, which of them train, and with what advantages."""
 
     token_ids: Int32Array
     loss_mask: BoolArray
     logprobs: Float32Array
     """Behaviour logprobs, of the engine that sampled."""
-    advantage: float
+    advantages: Float32Array
+    """T, 0 outside the mask."""
+    group: int = 0
+    """Number of its group within the step."""
+
+    def __post_init__(self) -> None:
+        length = len(self.token_ids)
+        assert len(self.loss_mask) == len(self.logprobs) == length
+        assert np.shape(self.advantages) == (length,), "one advantage a token; TrainSequence.uniform takes a number"
+        assert not np.any(self.advantages[~self.loss_mask]), "only trained tokens have an advantage"
+
+    @classmethod
+    def uniform(
+        cls, token_ids: Int32Array, loss_mask: BoolArray, logprobs: Float32Array, advantage: float, group: int = 0
+    ) -> TrainSequence:
+        """All trained tokens with the same advantage."""
+        advantages = np.where(loss_mask, np.float32(advantage), np.float32(0))
+        return cls(token_ids, loss_mask, logprobs, advantages, group)
+
+    @property
+    def has_signal(self) -> bool:
+        """Some advantage is not 0."""
+        return bool(np.any(self.advantages))

@@ -6,8 +6,10 @@ divided by what the whole mini-batch amounts to, which every rank knows, since e
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -15,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raygym.algorithms.losses import k1_kl
-from raygym.algorithms.objective import loss_divisor, objective
+from raygym.algorithms.objective import Objective, loss_divisor, objective
 from raygym.learner_config import LearnerConfig
+from raygym.model_flops import ModelFlops
 from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import ROWS, Packing
 from raygym.types import Float32Array, TrainSequence
+from raygym.update_statistics import LearnStats, UpdateStatistics
 
-LearnStats = dict[str, float]
-"""What `PolicyUpdate.run` returns."""
+ComputeLogprobs = Callable[[MicroBatch], tuple[Tensor, Tensor]]
 
-_SUMS = ("loss", "kl", "reference_kl", "entropy", "clip_fraction")
+__all__ = ["LearnStats", "PolicyUpdate", "TrainEngine"]
 
 
 class TrainEngine(Protocol):
@@ -39,7 +41,10 @@ class TrainEngine(Protocol):
         """Add the gradient of `loss`; the mean over ranks counts. `last`: of this mini-batch."""
 
     def step(self, lr: float) -> float:
-        """One optimizer update, after which gradients are 0. Returns the gradient's norm before clipping."""
+        """One optimizer update, after which gradients are 0. Returns the gradient's norm before clipping.
+
+        Where that is not finite, no weight was changed.
+        """
 
 
 class PolicyUpdate:
@@ -56,6 +61,8 @@ class PolicyUpdate:
         world_size: int = 1,
         device: torch.device | None = None,
         reference: TokenLogprobs | None = None,
+        flops: ModelFlops | None = None,
+        peak_flops: float | None = None,
     ) -> None:
         """No update was made yet.
 
@@ -68,8 +75,10 @@ class PolicyUpdate:
             world_size: how many ranks there are; with 1 there need not be a process group.
             device: where the policy is; the CPU by default.
             reference: the starting policy, where `kl_coef` is above 0.
+            flops: what the policy's arithmetic costs, for `tflops_per_s`.
+            peak_flops: operations a second that the device of one rank can do, for `mfu`.
         """
-        self._config = config
+        self._config = config.resolved()
         self._engine = engine
         self._temperature = temperature
         self._packing = packing
@@ -77,6 +86,8 @@ class PolicyUpdate:
         self._world_size = world_size
         self._device = device or torch.device("cpu")
         self._reference = reference
+        self._flops = flops
+        self._peak_flops = peak_flops
         self.updates = 0
         """Optimizer updates that were made."""
 
@@ -86,64 +97,73 @@ class PolicyUpdate:
         Each mini-batch is a contiguous, nearly equal part. One without signal (all advantages 0, or no trained token)
         still is an AdamW step: gradients are 0 but momentum and weight decay act, as for any other small gradient.
 
+        Nothing that is not finite gets into the weights: where a loss or a gradient's norm is none, that update and
+        those after it are not made, on any rank, and `loss` or `grad_norm` says so. Such a policy learns no further.
+
         Returns:
-            Of all ranks together: `loss`, `entropy`, `kl` (mean of behaviour - current logprob: k1 of the engine's
-            policy to this one), `reference_kl` (by `kl_estimator`; 0 without kl_coef) and `clip_fraction`, means over
-            trained tokens (`loss`: by `loss_mean`, over all sequences; without a KL term, sequences of advantage 0 are
-            not computed at all);
-            `grad_norm` (before clipping, mean of the updates) and `lr` (of the last); `logprob_abs_diff` and
-            `logprob_abs_diff_max`, |learner - engine| over the trained tokens of the first mini-batch, so with the
-            very weights that sampled if the batch is on-policy; `tokens_trained`, `tokens_total`,
-            `shared_fraction` (of those, what was not computed since another sequence has it), `padding_fraction` (of
-            all computed positions), `seconds`.
+            Of all ranks together, over trained tokens unless told otherwise. Without a KL or entropy term, sequences
+            of advantage 0 are not computed at all, and count nowhere but in the divisor of `loss`.
+            `loss`: the mean by `loss_mean`; `entropy`;
+            `kl`, `kl_k3`: KL of the policy that sampled to this one, by k1 and k3; `reference_kl`: by `kl_estimator`, 0
+            where the loss has no KL term;
+            `clip_fraction`, and apart `clip_fraction_low` and `clip_fraction_high`: tokens whose ratio is bounded, from
+            below or above;
+            `correction_fraction` (truncated, masked or rejected) and `correction_weight` (1 where losses are not
+            weighed);
+            `ratio_mean`, `ratio_min`, `ratio_max`, `log_ratio_std`: of this policy to the one that sampled;
+            `ratio_ess`: effective sample size as a share, (sum of ratios)^2 / (N x sum of their squares), 1 on-policy;
+            `logprob_abs_diff`, `logprob_abs_diff_max`: |learner - engine| over the first mini-batch, so with the very
+            weights that sampled if the batch is on-policy;
+            `updates` that were made, `grad_norm` (before clipping, their mean) and `lr` (of the last);
+            `tokens_trained`, `tokens_total`, `shared_fraction` (of those, what was not computed since another sequence
+            has it), `padding_fraction` (of all computed positions);
+            `seconds` of the slowest rank, `tokens_per_s` (of `tokens_total`), and where they are known `tflops_per_s`
+            and `mfu` (see `ModelFlops`; of what was computed).
         """
         started = time.monotonic()
-        # loss ... clip_fraction, |diff|, tokens, computed tokens, cells; reduced over ranks once, at the end.
-        totals = torch.zeros(len(_SUMS) + 4, dtype=torch.float64, device=self._device)
-        worst = torch.zeros((), dtype=torch.float64, device=self._device)
-        divisors, trained, first_trained, norms = 0.0, 0, 0, []
-        for number, part in enumerate(np.array_split(np.arange(len(sequences)), self._config.mini_batches)):
-            mini_batch = [sequences[index] for index in part]
+        statistics = UpdateStatistics(self._device)
+        divisors, lr, norms, before = 0.0, 0.0, [], self.updates
+        parts = np.array_split(np.arange(len(sequences)), self._config.mini_batches)
+        mini_batches = [[sequences[index] for index in part] for part in parts]
+        with_signal = [self._with_signal(mini_batch) for mini_batch in mini_batches]
+        proximal = self._proximal_logprobs(with_signal)
+        for number, (mini_batch, learned_from) in enumerate(zip(mini_batches, with_signal, strict=True)):
             divisor = loss_divisor(self._config, mini_batch)
-            computed = self._with_signal(mini_batch)
-            sums, differences = self._accumulate_gradients(computed, divisor)
-            totals += sums
             divisors += divisor
-            trained += (with_gradient := sum(int(sequence.loss_mask.sum()) for sequence in computed))
-            if number == 0:
-                totals[len(_SUMS)] = differences.sum()
-                worst, first_trained = differences.amax(), with_gradient
-            norms.append(self._engine.step(self._lr(self.updates)))
+            self._accumulate_gradients(learned_from, divisor, proximal[number], statistics, first=number == 0)
+            if not self._finite_everywhere(statistics.loss):
+                break
+            lr = self._lr(self.updates)
+            norms.append(self._engine.step(lr))
+            if not math.isfinite(norms[-1]):
+                break
             self.updates += 1
-        if self._world_size > 1:
-            dist.all_reduce(totals)
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        *sums_, difference, tokens, computed, cells = totals.tolist()
-        return {
-            **{name: value / max(1, trained) for name, value in zip(_SUMS, sums_, strict=True)},
-            "loss": sums_[0] / max(1.0, divisors),
-            "grad_norm": sum(norms) / len(norms),
-            "lr": self._lr(self.updates - 1),
-            "logprob_abs_diff": difference / max(1, first_trained),
-            "logprob_abs_diff_max": worst.item(),
-            "tokens_trained": float(trained),
-            "tokens_total": tokens,
-            "shared_fraction": 1 - computed / tokens if tokens else 0.0,
-            "padding_fraction": 1 - computed / cells if cells else 0.0,
-            "seconds": time.monotonic() - started,
-        }
+        seconds = time.monotonic() - started
+        stats = statistics.reduced(self._world_size, seconds, self._flops, self._peak_flops)
+        stats["loss"] /= max(1.0, divisors)
+        grad_norm = fmean(norms) if norms else math.nan
+        return stats | {"updates": float(self.updates - before), "grad_norm": grad_norm, "lr": lr}
 
-    @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
         """Logprobs of the trained tokens under the current weights.
 
         Returns:
             For each sequence of this rank's share: its index -> T logprobs, 0 where the mask is False.
         """
+        return self._logprobs_of(sequences, self._engine.logprobs)
+
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
+        """The same under the starting policy, which is there where `kl_coef` is above 0."""
+        reference = self._reference
+        assert reference is not None, "kl_coef: 0 keeps no starting policy"
+        return self._logprobs_of(sequences, lambda batch: reference(batch, self._temperature))
+
+    @torch.no_grad()
+    def _logprobs_of(self, sequences: Sequence[TrainSequence], compute: ComputeLogprobs) -> dict[int, Float32Array]:
         found: dict[int, Float32Array] = {}
         for indices in self._micro_batches(sequences):
             share = [sequences[index] for index in indices]
-            logprobs_N = self._engine.logprobs(self._packing.pack(share).to(self._device))[0].cpu().numpy()
+            logprobs_N = compute(self._packing.pack(share).to(self._device))[0].cpu().numpy()
             start = 0
             for index, sequence in zip(indices, share, strict=True):
                 found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
@@ -153,46 +173,66 @@ class PolicyUpdate:
         return found
 
     def _with_signal(self, mini_batch: list[TrainSequence]) -> list[TrainSequence]:
-        # Without a KL term, an advantage of 0 gives a gradient of exactly 0: nothing need be computed for it. One is
+        # Without other terms, advantages of 0 give a gradient of exactly 0: nothing need be computed for them. One is
         # kept where none has signal, so that every rank still steps and the engine is still compared.
-        if self._config.kl_coef:
+        if self._config.kl_in_loss or self._config.entropy_coef:
             return mini_batch
-        return [sequence for sequence in mini_batch if sequence.advantage != 0.0] or mini_batch[:1]
+        return [sequence for sequence in mini_batch if sequence.has_signal] or mini_batch[:1]
+
+    @torch.no_grad()
+    def _proximal_logprobs(self, mini_batches: list[list[TrainSequence]]) -> list[list[Tensor] | None]:
+        """For each mini-batch the current logprobs of its micro-batches, where the update will need them: not of the
+        first, whose own forward passes come before any update."""
+        found: list[list[Tensor] | None] = [None] * len(mini_batches)
+        if self._config.weighs_tokens:
+            for number, mini_batch in list(enumerate(mini_batches))[1:]:
+                found[number] = [
+                    self._engine.logprobs(self._packed(mini_batch, indices))[0].detach()
+                    for indices in self._micro_batches(mini_batch)
+                ]
+        return found
+
+    def _packed(self, mini_batch: list[TrainSequence], indices: Sequence[int]) -> MicroBatch:
+        return self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
 
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
         budget = self._config.tokens_per_micro_batch
         return self._packing.assign(sequences, self._world_size, budget)[self._rank]
 
-    def _accumulate_gradients(self, mini_batch: list[TrainSequence], divisor: float) -> tuple[Tensor, Tensor]:
-        """This rank's backward passes. Returns its totals (see `run`) and |learner - engine| of its tokens."""
+    def _accumulate_gradients(
+        self,
+        mini_batch: list[TrainSequence],
+        divisor: float,
+        proximal: list[Tensor] | None,
+        statistics: UpdateStatistics,
+        *,
+        first: bool,
+    ) -> None:
+        """This rank's backward passes, counted in `statistics`."""
         micro_batches = self._micro_batches(mini_batch)
-        totals = torch.zeros(len(_SUMS) + 4, dtype=torch.float64, device=self._device)
-        differences = [torch.zeros(1, dtype=torch.float64, device=self._device)]
         for number, indices in enumerate(micro_batches):
-            batch = self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
+            batch = self._packed(mini_batch, indices)
             logprobs_N, entropies_N = self._engine.logprobs(batch)
-            loss, sums, difference_N = self._loss(batch, logprobs_N, entropies_N)
+            proximal_N = logprobs_N.detach() if proximal is None else proximal[number]
+            parts = self._objective(batch, logprobs_N, entropies_N, proximal_N)
             # The mean over ranks counts; ours are parts of one sum.
-            scaled = loss * (self._world_size / max(1.0, divisor))
+            scaled = parts.loss * (self._world_size / max(1.0, divisor))
             self._engine.backward(scaled, last=number == len(micro_batches) - 1)
-            totals[: len(_SUMS)] += sums
-            totals[-3] += batch.num_tokens
-            totals[-2] += batch.num_computed
-            totals[-1] += batch.num_cells if indices else 0
-            differences.append(difference_N.double())
-        return totals, torch.cat(differences)
+            statistics.add(batch, logprobs_N, entropies_N, parts, first=first)
 
-    def _loss(self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss, the sums named by `_SUMS`, and |learner - engine| of each token."""
+    def _objective(self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor, proximal_N: Tensor) -> Objective:
         reference_N = None
-        if self._reference is not None:
+        if self._reference is not None and self._config.kl_in_loss:
             with torch.no_grad():
                 reference_N, _ = self._reference(batch, self._temperature)
-        loss, reference_kl, clipped = objective(self._config, batch, logprobs_N, reference_N)
-        behaviour_kl_N = k1_kl(batch.behaviour_N, logprobs_N.detach()) * batch.mask_N
-        entropy = (entropies_N * batch.mask_N).sum()
-        sums = [loss.detach(), behaviour_kl_N.sum(), reference_kl, entropy, clipped]
-        return loss, torch.stack([value.double() for value in sums]), behaviour_kl_N.abs()
+        return objective(self._config, batch, logprobs_N, reference_N, proximal_N=proximal_N, entropies_N=entropies_N)
+
+    def _finite_everywhere(self, loss: Tensor) -> bool:
+        """Whether the loss of every rank is finite: all of them step, or none does."""
+        refused = (~loss.isfinite()).float()
+        if self._world_size > 1:
+            dist.all_reduce(refused, op=dist.ReduceOp.MAX)
+        return not refused.item()
 
     def _lr(self, update: int) -> float:
         return self._config.lr * min(1.0, (update + 1) / max(1, self._config.warmup_steps))

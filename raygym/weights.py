@@ -29,6 +29,22 @@ class WeightsError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """One version that every replica serves."""
+
+    version: int
+    checksum: str
+    nbytes: int
+    """Bytes of one version, as sent to each replica."""
+    broadcast_s: float
+    apply_s: float
+    """Waiting for turns included."""
+    turns_restarted: int = 0
+    turns_late: int = 0
+    """Over all replicas, as in `policy_server.Applied`."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor and its place in the data part."""
 

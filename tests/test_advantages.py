@@ -13,7 +13,7 @@ from raygym.algorithms.advantages import (
     leave_one_out_baseline,
     overlong_penalized,
 )
-from raygym.learner_config import AdvantageName
+from raygym.method_config import AdvantageName
 
 rewards = st.lists(st.floats(-100, 100), min_size=2, max_size=16)
 
@@ -102,7 +102,7 @@ def test_each_method_equals_its_formula(name: str, groups: list[list[float]]) ->
 
 
 def test_the_config_names_every_method() -> None:
-    assert set(ADVANTAGES) == set(get_args(AdvantageName))
+    assert {*ADVANTAGES, "gdpo"} == set(get_args(AdvantageName))
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)

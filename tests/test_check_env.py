@@ -161,6 +161,19 @@ class Endless(Good):
         return "More.", 0.0, False, False, {}
 
 
+class NamesSomeRewards(Good):
+    """Says of the second of two equal rewards only what it consists of."""
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.steps += 1
+        last = self.steps == 2
+        return "x", 0.5, last, False, {"rewards": {"right": 0.5}} if last else {}
+
+
 class BlocksTheLoop(Good):
     def reset(self, *, seed=None, options=None):
         self.blocking = options["split"] == "train"
@@ -231,6 +244,7 @@ def test_good(kind):
         (NoOptions, "cannot be called as reset(seed=..., options=...): got an unexpected keyword argument 'options'"),
         (NoAction, "step() cannot be called as step(action)"),
         (Endless, "did not end within 12 turns"),
+        (NamesSomeRewards, "whose sum is 0.5, with a reward of 1; expected the reward as their sum"),
         (BlocksTheLoop, "step 1 in split train blocked the event loop for 0."),
         (Hangs, "env.step took longer than 0.1 s"),
         (CloseRaises, "close raised OSError: already closed"),

@@ -70,7 +70,6 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"learner": {"dual_clip": 1}}, ["learner.dual_clip", "greater than 1"]),
         ({"learner": {"dual_clip": 3, "loss": "cispo"}}, ["learner.dual_clip", "loss: clip", "loss: cispo"]),
         ({"learner": {"loss": "gspo"}}, ["learner.loss_mean", "token", "expected loss_mean: sequence"]),
-        ({"learner": {"loss_mean": "constant"}}, ["learner.loss_length", "missing", "rollout.max_tokens_per_turn"]),
         ({"learner": {"loss_length": 64}}, ["learner.loss_length", "64", "loss_mean: token"]),
         ({"learner": {"num_learners": 7}}, ["learner.num_learners", "does not divide", "divisor of 64"]),
         ({"learner": {"mini_batches": 3}}, ["learner.mini_batches", "rollout.groups_per_step 8"]),

@@ -91,6 +91,11 @@ class TestResults:
     def test_numpy_scalars_are_numbers(self):
         step = parse_step(("x", np.float32(0.5), np.bool_(True), False, {"metrics": {"m": np.int64(2)}}))
         assert (step.reward, step.terminated, step.metrics) == (0.5, True, {"m": 2.0})
+        assert step.reward_components == {}
+
+    def test_a_reward_may_tell_what_it_consists_of(self) -> None:
+        step = parse_step(("x", 0.3, True, False, {"rewards": {"right": np.float64(0.1), "short": 0.2}}))
+        assert step.reward_components == {"right": 0.1, "short": 0.2}
 
     def test_last_observation_may_be_missing(self):
         assert parse_step((None, 1, True, False, {})).messages == []
@@ -108,6 +113,9 @@ class TestResults:
             (("x", 1.0, True, None, {}), "as truncated"),
             (("x", 1.0, True, False, None), "as info"),
             (("x", 1.0, True, False, {"metrics": {"m": "high"}}), "metrics"),
+            (("x", 1.0, True, False, {"rewards": {"m": "high"}}), "rewards"),
+            (("x", 1.0, True, False, {"rewards": [1.0]}), "rewards"),
+            (("x", 1.0, True, False, {"rewards": {"right": 0.5, "short": 0.25}}), "sum is 0.75, with a reward of 1"),
         ],
     )
     def test_bad_steps_are_named(self, result, complaint):

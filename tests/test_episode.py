@@ -68,6 +68,18 @@ class Talk(ChatEnv):
         self.closed += 1
 
 
+class Named(Talk):
+    """Tells what the reward of each step, 0.25, consists of."""
+
+    def __init__(self, rewards: list[dict[str, float]]) -> None:
+        super().__init__(len(rewards))
+        self.rewards = rewards
+
+    def step(self, action):
+        *result, info = super().step(action)
+        return *result, {**info, "rewards": self.rewards[self.steps - 1]}
+
+
 def generation(token_ids: list[int], version: int = 3, finish_reason: str = "stop") -> Generation:
     n = len(token_ids)
     return Generation(
@@ -146,6 +158,15 @@ class TestWholeEpisodes:
         assert trajectory.metrics == {"steps": 2.0} and not trajectory.drifted
         assert (trajectory.task, trajectory.group_id, trajectory.episode, trajectory.attempt) == (TASK, "g", 1, 0)
         assert env.reset_with == (9, {"split": "validation"}) and env.closed == 1
+
+    async def test_what_rewards_consist_of_is_summed_over_the_steps(self, renderer):
+        trajectory = await episode(renderer, Named([{"right": 0.25}, {"right": 0.5, "short": -0.25}]), Scripted())
+        assert trajectory.reward_components == {"right": 0.75, "short": -0.25}
+
+    async def test_an_episode_whose_reward_is_named_in_part_fails(self, renderer):
+        trajectory = await episode(renderer, Named([{}, {"right": 0.25}]), Scripted())
+        assert trajectory.failure is FailureKind.ENV_ERROR and trajectory.reward_components == {}
+        assert "whose sum is 0.25, with a reward of 0.5" in trajectory.failure_detail
 
     async def test_environment_lives_in_one_thread_of_its_own(self, renderer):
         env = Talk()

@@ -68,7 +68,7 @@ def test_pack_predicts_each_trained_token_from_the_one_before(token_ids: list[In
     sequences = []
     for seed, ids in enumerate(token_ids):
         made = make_sequence(len(ids), seed)
-        sequences.append(TrainSequence(ids, made.loss_mask, made.logprobs, made.advantage))
+        sequences.append(TrainSequence(ids, made.loss_mask, made.logprobs, made.advantages))
     batch = pack_forest(sequences)
     if not any(sequence.loss_mask.any() for sequence in sequences):
         assert batch.mask_N.tolist() == [False]

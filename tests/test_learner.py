@@ -96,10 +96,8 @@ def plain_updates(model_dir: Path, sequences: list[TrainSequence], updates: int)
             with torch.no_grad():
                 start = logprobs_of(reference, sequence)
             ratio = (current - torch.tensor(sequence.logprobs[sequence.loss_mask])).exp()
-            surrogate = torch.minimum(
-                ratio * sequence.advantage,
-                ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * sequence.advantage,
-            )
+            credit = torch.tensor(sequence.advantages[sequence.loss_mask])
+            surrogate = torch.minimum(ratio * credit, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * credit)
             kl = (start - current).exp() - (start - current) - 1
             total = total + (cfg.kl_coef * kl - surrogate).sum()
         optimizer.zero_grad()
@@ -154,6 +152,7 @@ def test_updates_equal_plain_pytorch(
         before = group.token_logprobs(sequences)
         group.update(sequences)
         stats = group.update(sequences)
+        starting = group.reference_logprobs(sequences)
         weights = whole_weights(group, tmp_path / "policy")
         specs = group.call_all("weight_specs", timeout_s=60)
 
@@ -162,6 +161,7 @@ def test_updates_equal_plain_pytorch(
         with torch.no_grad():
             np.testing.assert_allclose(logprobs[sequence.loss_mask], logprobs_of(start, sequence), atol=1e-5)
         assert not logprobs[~sequence.loss_mask].any()
+    np.testing.assert_allclose(np.concatenate(starting), np.concatenate(before), atol=1e-5)
     moved = 0.0
     for name, parameter in expected.named_parameters():
         assert_updated_alike(name, weights[name], parameter)
@@ -196,12 +196,11 @@ def test_first_stats_are_the_difference_to_the_engine(pair: LearnerGroup, sequen
 
 
 def without_signal(sequence: TrainSequence) -> TrainSequence:
-    return TrainSequence(sequence.token_ids, sequence.loss_mask, sequence.logprobs, 0.0)
+    return TrainSequence.uniform(sequence.token_ids, sequence.loss_mask, sequence.logprobs, 0.0)
 
 
 def untrained(sequence: TrainSequence) -> TrainSequence:
-    mask = np.zeros_like(sequence.loss_mask)
-    return TrainSequence(sequence.token_ids, mask, sequence.logprobs, sequence.advantage)
+    return TrainSequence.uniform(sequence.token_ids, np.zeros_like(sequence.loss_mask), sequence.logprobs, 1.0)
 
 
 @pytest.mark.parametrize("change", [without_signal, untrained])

@@ -337,6 +337,7 @@ def test_a_verdict_has_the_reward_and_the_verifiers_numbers() -> None:
     verdict = read_verdict({**answer, "reward_components": {"a": 0.5, "b": 0.25}}, ROW)
     assert verdict.reward == 0.75
     assert verdict.metrics == {"accuracy": 1.0, "overlap": 0.5, "reward/a": 0.5, "reward/b": 0.25}
+    assert verdict.reward_components == {"a": 0.5, "b": 0.25}
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import make_sequence
 
+from raygym.algorithms.losses import KL_ESTIMATORS
 from raygym.algorithms.means import mini_batch_divisor
-from raygym.algorithms.objective import KL_ESTIMATORS, loss_divisor, objective
+from raygym.algorithms.objective import loss_divisor, objective
 from raygym.config import LearnerConfig
-from raygym.learner_config import KlEstimator
-from raygym.packing import assign_micro_batches, pack, packed_order
+from raygym.method_config import KlEstimator
+from raygym.packing import assign_micro_batches, pack
 from raygym.types import TrainSequence
 
 LENGTHS = [12, 3, 9, 1, 20, 7]
@@ -28,11 +29,15 @@ METHODS: list[dict[str, Any]] = [
 ] + [{"loss": "gspo", "loss_mean": "sequence"}]
 
 
+def credited(sequence: TrainSequence, advantage: float) -> TrainSequence:
+    return TrainSequence.uniform(sequence.token_ids, sequence.loss_mask, sequence.logprobs, advantage)
+
+
 def make_case(lengths: list[int]) -> tuple[list[TrainSequence], list[np.ndarray], list[np.ndarray]]:
     """Sequences, and for the trained tokens of each the policy's and the starting policy's logprobs."""
     made = [make_sequence(length, seed, trained=0.5) for seed, length in enumerate(lengths)]
     # Both signs, so that every bound is one that some tokens or sequences cross in the direction where it counts.
-    sequences = [replace(sequence, advantage=(0.7 + 0.1 * i) * (-1) ** (i + 1)) for i, sequence in enumerate(made)]
+    sequences = [credited(sequence, (0.7 + 0.1 * i) * (-1) ** (i + 1)) for i, sequence in enumerate(made)]
     rng = np.random.default_rng(7)
     behaviour = [sequence.logprobs[sequence.loss_mask].astype(np.float64) for sequence in sequences]
     current = [logprobs + rng.normal(0, 0.4, len(logprobs)) for logprobs in behaviour]
@@ -50,7 +55,7 @@ def learned(
     """What learners do: shares, micro-batches, one sum. Returns loss, its gradient, reference KL and clipped tokens."""
     leaves = [torch.tensor(logprobs, requires_grad=True) for logprobs in current]
     divisor = max(1.0, loss_divisor(config, sequences))
-    computed = [i for i, sequence in enumerate(sequences) if config.kl_coef or np.float32(sequence.advantage) != 0]
+    computed = [i for i, sequence in enumerate(sequences) if config.kl_coef or sequence.has_signal]
     loss, reference_kl, clipped = 0.0, 0.0, 0
     lengths = [len(sequences[index].token_ids) for index in computed]
     for rank in assign_micro_batches(lengths, ranks, budget):
@@ -59,10 +64,9 @@ def learned(
             batch = pack([sequences[index] for index in share])
             # The same values in float64, so that a product of two of them is not rounded to float32.
             batch = replace(batch, advantages_N=batch.advantages_N.double(), behaviour_N=batch.behaviour_N.double())
-            order = [share[index] for index in packed_order([sequences[index] for index in share])]
             stand_in = [] if batch.mask_N.all() else [torch.zeros(1, dtype=torch.float64, requires_grad=True)]
-            logprobs_N = torch.cat([leaves[index] for index in order] + stand_in)
-            reference_N = torch.cat([torch.tensor(reference[index]) for index in order] + stand_in).detach()
+            logprobs_N = torch.cat([leaves[index] for index in share] + stand_in)
+            reference_N = torch.cat([torch.tensor(reference[index]) for index in share] + stand_in).detach()
             part = objective(config, batch, logprobs_N, reference_N if config.kl_coef else None)
             (part.loss / divisor).backward()
             loss += part.loss.item() / divisor
@@ -85,7 +89,7 @@ def plain(
         if not len(logprobs):
             continue
         behaviour = sequence.logprobs[sequence.loss_mask].astype(np.float64)
-        credit = float(np.float32(sequence.advantage))
+        credit = float(sequence.advantages[sequence.loss_mask][0])
         ratio = np.exp(logprobs - behaviour)
         if config.loss == "gspo":
             ratio = np.full_like(ratio, np.prod(ratio) ** (1 / len(ratio)))
@@ -130,7 +134,7 @@ def differences(config: LearnerConfig, case: tuple[list[TrainSequence], list[np.
 @pytest.mark.parametrize("kl", [{}, *({"kl_coef": 0.1, "kl_estimator": name} for name in KL_ESTIMATORS)], ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(str(value) for value in method.values()))
 def test_loss_and_gradient_equal_the_formulas(method: dict[str, Any], kl: dict[str, Any]) -> None:
-    config = LearnerConfig(**method, **kl, clip_low=0.05, clip_high=0.08)
+    config = LearnerConfig(**method, **kl, clip_low=0.05, clip_high=0.08).resolved()
     case = make_case(LENGTHS)
     loss, gradient, _, clipped = learned(config, *case, ranks=2, budget=24)
     assert loss == pytest.approx(plain(config, *case, frozen=case[1]), rel=1e-9)
@@ -153,9 +157,9 @@ def test_loss_and_gradient_equal_the_formulas(method: dict[str, Any], kl: dict[s
 def test_ranks_micro_batches_and_packing_change_nothing(
     lengths: list[int], ranks: int, budget: int, method: dict[str, Any], kl_coef: float, without_signal: set[int]
 ) -> None:
-    config = LearnerConfig(**method, kl_coef=kl_coef)
+    config = LearnerConfig(**method, kl_coef=kl_coef).resolved()
     sequences, current, reference = make_case(lengths)
-    sequences = [replace(s, advantage=0.0) if i in without_signal else s for i, s in enumerate(sequences)]
+    sequences = [credited(s, 0.0) if i in without_signal else s for i, s in enumerate(sequences)]
     whole = learned(config, sequences, current, reference, ranks=1, budget=10_000)
     alone = learned(config, sequences, current, reference, ranks=1, budget=1)
     cut = learned(config, sequences, current, reference, ranks, budget)
@@ -179,10 +183,11 @@ def test_divisors_count_the_whole_mini_batch_and_no_sequence_without_trained_tok
 def test_a_batch_without_trained_tokens_gives_a_loss_of_zero_with_a_gradient(method: dict[str, Any]) -> None:
     # With one: under ZeRO-3 every rank runs its backward pass.
     logprobs_N = torch.tensor([-2.0], requires_grad=True)
-    loss, reference_kl, clipped = objective(LearnerConfig(**method, kl_coef=0.1), pack([]), logprobs_N, torch.zeros(1))
-    loss.backward()
+    config = LearnerConfig(**method, kl_coef=0.1).resolved()
+    sums = objective(config, pack([]), logprobs_N, torch.zeros(1))
+    sums.loss.backward()
     assert logprobs_N.grad is not None and logprobs_N.grad.tolist() == [0]
-    assert loss.item() == reference_kl.item() == clipped.item() == 0
+    assert [value.item() for value in sums] == [0] * len(sums)
 
 
 def test_the_config_names_every_kl_estimator() -> None:

@@ -15,7 +15,7 @@ def make_sequence(length: int, seed: int, trained: float = 0.3) -> TrainSequence
     mask = rng.random(length) < trained
     mask[0] = False
     logprobs = np.where(mask, -rng.random(length) * 5, 0).astype(np.float32)
-    return TrainSequence(rng.integers(3, 250, length, dtype=np.int32), mask, logprobs, float(rng.normal()))
+    return TrainSequence.uniform(rng.integers(3, 250, length, dtype=np.int32), mask, logprobs, float(rng.normal()))
 
 
 def cells(lengths: list[int], indices: tuple[int, ...]) -> int:
@@ -84,7 +84,7 @@ def test_pack_predicts_each_trained_token_from_the_one_before(lengths: list[int]
     assert (batch.position_ids_BL.flatten()[batch.positions_N + 1] > 0).all(), "predicted across sequences"
     np.testing.assert_array_equal(batch.target_ids_N, np.concatenate([s.token_ids[s.loss_mask] for s in ordered]))
     np.testing.assert_array_equal(batch.behaviour_N, np.concatenate([s.logprobs[s.loss_mask] for s in ordered]))
-    advantages = np.concatenate([np.full(s.loss_mask.sum(), s.advantage, np.float32) for s in ordered])
+    advantages = np.concatenate([s.advantages[s.loss_mask] for s in ordered])
     np.testing.assert_array_equal(batch.advantages_N, advantages)
     counts = [int(s.loss_mask.sum()) for s in ordered if s.loss_mask.any()]
     assert torch.unique_consecutive(batch.sequence_N, return_counts=True)[1].tolist() == counts

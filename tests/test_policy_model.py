@@ -109,7 +109,7 @@ def in_groups() -> list[TrainSequence]:
             ids = np.concatenate([prompt, rng.integers(3, 250, answer, dtype=np.int32)])
             mask = np.arange(len(ids)) >= length
             logprobs = np.where(mask, -rng.random(len(ids)), 0).astype(np.float32)
-            made.append(TrainSequence(ids, mask, logprobs, float(rng.normal())))
+            made.append(TrainSequence.uniform(ids, mask, logprobs, float(rng.normal())))
     return made
 
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
+from table_engine import TableEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raygym.algorithms.advantages import ADVANTAGES
 from raygym.batch import train_sequences
-from raygym.config import RunConfig
+from raygym.config import LearnerConfig, RunConfig
 from raygym.config_file import load_config, parse_config
 from raygym.console import RunConsole, sparkline
-from raygym.metrics import rollout_metrics, validation_metrics
+from raygym.histogram import Histogram
+from raygym.method_config import MethodConfig
+from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics, validation_metrics
+from raygym.model_flops import ModelFlops
 from raygym.open_group import GroupState
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected, Dropped, SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
+from raygym.update import PolicyUpdate
+from raygym.weights import Published
 
 
 def trajectory(task: Task, episode: int, reward: float, *, version: int = 3, turns: int = 2) -> Trajectory:
@@ -93,8 +99,9 @@ def test_a_failed_validation_task_is_no_reward_of_zero() -> None:
 
 
 def test_train_sequences_carry_their_groups_advantage() -> None:
-    sequences = train_sequences(collected().groups, ADVANTAGES["grpo"])
-    assert np.allclose([s.advantage for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
+    sequences = train_sequences(collected().groups, LearnerConfig().resolved())
+    assert np.allclose([s.advantages[2] for s in sequences], [-(0.5**0.5), 0.5**0.5, 0, 0], atol=1e-3)
+    assert [s.group for s in sequences] == [0, 0, 1, 1]
 
 
 def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> None:
@@ -123,6 +130,37 @@ def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> 
     assert [event.value for event in events.Scalars("reward/mean")] == [0.25]
     assert files.moved_to is not None
     assert (files.moved_to / "metrics.jsonl").is_file()
+
+
+def test_a_histogram_and_what_is_not_finite_are_json_and_reach_tensorboard(config: RunConfig) -> None:
+    files = RunFiles(config)
+    histogram = Histogram.of([-1.0, 0.0, 0.5, 3.0], (-0.5, 0.5))
+    files.metrics(1, {"advantage/histogram": histogram, "loss": math.nan, "grad/norm": math.inf, "lr": 0.5})
+    files.close()
+    row = json.loads((files.path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {
+        "step": 1,
+        "advantage/histogram": {"edges": [-0.5, 0.5], "counts": [1, 2, 1]},
+        "loss": None,
+        "grad/norm": None,
+        "lr": 0.5,
+    }
+    events = EventAccumulator(str(files.path / "tensorboard")).Reload()
+    shown = events.Histograms("advantage/histogram")[0].histogram_value
+    assert (shown.min, shown.max, shown.num, shown.sum, shown.sum_squares) == (-1, 3, 4, 2.5, 10.25)
+    assert list(shown.bucket) == [1, 2, 1]
+    assert math.isnan(events.Scalars("loss")[0].value)
+
+
+def test_the_scalars_of_updates_and_syncs() -> None:
+    engine = TableEngine()
+    update = PolicyUpdate(LearnerConfig(), engine, 1.0, flops=ModelFlops(1.0, 1.0, 1.0))
+    stats = update.run(train_sequences(collected().groups, MethodConfig().resolved()))
+    learned = learn_metrics(stats)
+    assert learned["policy/ratio_max"] == stats["ratio_max"] and learned["grad/norm"] == stats["grad_norm"]
+    assert learned["learn/tflops_per_s"] == stats["tflops_per_s"] and "learn/mfu" not in learned
+    synced = sync_metrics(Published(3, "sum", 2**31, broadcast_s=0.5, apply_s=1.0, turns_late=2))
+    assert synced["sync/gib_per_s"] == 4 and synced["sync/turns_late"] == 2
 
 
 @pytest.mark.parametrize("width", [80, 200])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from test_run_files import collected
 
 from raygym.actors.session import Session
 from raygym.actors.trainer import Trainer
-from raygym.actors.weight_sync import Published
+from raygym.alarms import AlarmStop
 from raygym.config import RunConfig
 from raygym.config_file import parse_config
 from raygym.console import RunConsole
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected
 from raygym.types import Task
+from raygym.weights import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -36,6 +38,8 @@ class Everything:
         self.begun = defaultdict[str, threading.Event](threading.Event)
         self.rollouts = self.learners = self.weights = self
         self.learning_fails_at = -1
+        self.learned: dict[int, dict[str, float]] = {}
+        """What an update tells, by its number from 1; zeros otherwise."""
         self._updates = 0
 
     def collect(self, step: int, progress: Callable[[str], None]) -> Collected:
@@ -57,7 +61,7 @@ class Everything:
         if self._updates == self.learning_fails_at:
             raise RuntimeError("a learner is lost")
         self.begun[f"after {self.version}"].set()
-        return defaultdict(float)
+        return defaultdict(float, self.learned.get(self._updates, {}))
 
     def publish(self, version: int) -> Published:
         assert not self.validating
@@ -72,7 +76,9 @@ class Everything:
         self.begun[f"after {self.version}"].set()
 
 
-def trained(tmp_path: Path, everything: Everything, every: int) -> tuple[RunFiles, Callable[[], dict[str, Any]]]:
+def trained(
+    tmp_path: Path, everything: Everything, every: int, **alarms: Any
+) -> tuple[RunFiles, Callable[[], dict[str, Any]]]:
     config: RunConfig = parse_config(
         {
             "name": "t",
@@ -82,6 +88,7 @@ def trained(tmp_path: Path, everything: Everything, every: int) -> tuple[RunFile
             "envs": [{"id": "a"}],
             "validation": {"tasks": 2, "every": every},
             "logging": {"tensorboard": False, "trajectories": False},
+            "alarms": alarms,
         }
     )
     files = RunFiles(config)
@@ -120,3 +127,59 @@ def test_a_run_that_fails_while_it_validates_keeps_the_finished_step(tmp_path: P
     assert [row["step"] for row in rows(files)] == [0, 1, 2]
     assert rows(files)[2]["reward/mean"] == 0.5 and "val/reward" not in rows(files)[2]
     everything.begun["after 2"].set()
+
+
+def ledger_steps(files: RunFiles) -> set[int]:
+    return {json.loads(line)["step"] for line in (files.path / "ledger.jsonl").read_text().splitlines()}
+
+
+@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"grad_norm": math.inf}, {"loss": math.inf, "updates": 1.0}])
+def test_an_update_that_is_not_finite_is_not_published(tmp_path: Path, bad: dict[str, float]) -> None:
+    everything = Everything()
+    everything.learned[2] = bad
+    files, run = trained(tmp_path, everything, every=1)
+    with pytest.raises(AlarmStop, match="not_finite at step 2"):
+        run()
+    files.close()
+    assert everything.version == 1
+    assert ledger_steps(files) == {1} and [row["step"] for row in rows(files)] == [0, 1]
+    assert (files.path / "alarms/step_000002_not_finite/trajectories.jsonl").is_file()
+    untouched = "updates" not in bad
+    assert (files.path / "checkpoints/step_000001").is_dir() == untouched, "only what is a version is saved as one"
+
+
+def test_an_alarm_is_the_cause_although_the_policy_cannot_be_saved(tmp_path: Path) -> None:
+    class Full(Everything):
+        def save_hf(self, path: str) -> None:
+            super().save_hf(path)
+            raise OSError("no space left")
+
+    everything = Full()
+    everything.learned[2] = {"logprob_abs_diff": 0.5}
+    files, run = trained(tmp_path, everything, every=1, patience=1, logprob_drift="stop")
+    with pytest.raises(AlarmStop, match="logprob_drift at step 2"):
+        run()
+    files.close()
+
+
+def test_an_alarm_that_stops_leaves_a_whole_step_and_its_policy(tmp_path: Path) -> None:
+    everything = Everything()
+    everything.learned[2] = {"logprob_abs_diff": 0.5}
+    files, run = trained(tmp_path, everything, every=1, patience=1, logprob_drift="stop")
+    with pytest.raises(AlarmStop, match="logprob_drift at step 2"):
+        run()
+    files.close()
+    assert everything.version == 2 and everything.validated == [0, 1, 2]
+    assert ledger_steps(files) == {1, 2} and [row["step"] for row in rows(files)] == [0, 1, 2]
+    assert rows(files)[2]["alarms/logprob_drift"] == 1 and rows(files)[2]["val/reward"] == 0.5
+    assert (files.path / "checkpoints/step_000002").is_dir()
+    assert (files.path / "alarms/step_000002_logprob_drift/alarm.json").is_file()
+
+
+def test_an_alarm_that_warns_ends_nothing(tmp_path: Path) -> None:
+    everything = Everything()
+    everything.learned[2] = {"logprob_abs_diff": 0.5}
+    files, run = trained(tmp_path, everything, every=0, patience=1)
+    assert run()["policy_version"] == 3
+    assert [row.get("alarms/logprob_drift") for row in rows(files)] == [None, None, 1, None]
+    assert [path.name for path in (files.path / "alarms").iterdir()] == ["step_000002_logprob_drift"]

@@ -42,6 +42,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         failure=failure,
         failure_detail=draw(texts),
         metrics=draw(st.dictionaries(texts, floats, max_size=2)),
+        reward_components=draw(st.dictionaries(texts, floats, max_size=2)),
     )
 
 

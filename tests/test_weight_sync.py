@@ -31,7 +31,7 @@ from raygym.weights import Manifest, plan_manifest
 
 if TYPE_CHECKING:
     from raygym.actors.learner_group import LearnerGroup
-    from raygym.actors.weight_sync import Published
+    from raygym.weights import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -127,7 +127,7 @@ def prompts(count: int, length: int = 20, seed: int = 0) -> list[Int32Array]:
 
 def sequences(asked: list[Int32Array], answers: list[Generation]) -> list[TrainSequence]:
     return [
-        TrainSequence(
+        TrainSequence.uniform(
             np.concatenate([prompt, answer.token_ids]),
             np.arange(len(prompt) + len(answer.token_ids)) >= len(prompt),
             np.concatenate([np.zeros(len(prompt), np.float32), answer.logprobs]),

@@ -30,11 +30,16 @@ def group_normalized(rewards_G: Sequence[float]) -> Float32Array:
     Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2. A group of equal rewards (or of one episode) says nothing
     and gets exactly 0, not the rounding error of its mean divided by epsilon.
     """
+    return standardized(rewards_G).astype(np.float32)
+
+
+def standardized(rewards_G: Sequence[float]) -> NDArray[np.float64]:
+    """`group_normalized` before it is rounded to float32."""
     rewards = np.asarray(rewards_G, dtype=np.float64)
-    if len(rewards) < 2 or np.all(rewards == rewards[0]):
-        return np.zeros(len(rewards), dtype=np.float32)
-    advantages_G: Float32Array = ((rewards - rewards.mean()) / (rewards.std(ddof=1) + EPSILON)).astype(np.float32)
-    return advantages_G
+    if len(rewards) < 2:
+        return np.zeros(len(rewards))
+    standardized_G: NDArray[np.float64] = _centred(rewards) / (rewards.std(ddof=1) + EPSILON)
+    return standardized_G
 
 
 def group_centred(rewards_G: Sequence[float]) -> Float32Array:
@@ -75,10 +80,10 @@ def batch_normalized(groups: Groups) -> list[Float32Array]:
 
     Source: REINFORCE++, arXiv 2501.03262: the variant without a group's baseline, for rewards of whole episodes. The
     deviation divides by N and counts each episode once, not each token. The paper's KL penalty is not in the reward
-    here: `learner.kl_coef` puts it in the loss.
+    here: `learner.kl_in: reward` puts it there, token by token (`kl_in_reward.py`).
     """
     rewards_N = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups]) if groups else np.zeros(0)
-    return _normalized_by_all(_centred(rewards_N), groups)
+    return _divided(_centred(rewards_N), [len(group) for group in groups])
 
 
 def batch_normalized_with_baseline(groups: Groups) -> list[Float32Array]:
@@ -87,8 +92,12 @@ def batch_normalized_with_baseline(groups: Groups) -> list[Float32Array]:
     Source: REINFORCE++, arXiv 2501.03262: the variant for several samples of a prompt. The deviation divides by N; the
     mean of all differences is 0 already. A group of equal rewards gets exactly 0.
     """
-    centred_N = np.concatenate([_centred(group) for group in groups]) if groups else np.zeros(0)
-    return _normalized_by_all(centred_N, groups)
+    return divided_by_step_deviation([_centred(group) for group in groups])
+
+
+def divided_by_step_deviation(centred: Sequence[NDArray[np.float64]]) -> list[Float32Array]:
+    """Values that have a mean of 0 in each group, divided by (std + 1e-6) of all N of the step."""
+    return _divided(np.concatenate(centred) if centred else np.zeros(0), [len(group) for group in centred])
 
 
 def overlong_penalized(
@@ -111,11 +120,11 @@ def _centred(rewards: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float
     return centred
 
 
-def _normalized_by_all(centred_N: NDArray[np.float64], groups: Groups) -> list[Float32Array]:
-    if not groups:
+def _divided(centred_N: NDArray[np.float64], sizes: list[int]) -> list[Float32Array]:
+    if not sizes:
         return []
     advantages_N: Float32Array = (centred_N / (centred_N.std() + EPSILON)).astype(np.float32)
-    return np.split(advantages_N, np.cumsum([len(group) for group in groups])[:-1])
+    return np.split(advantages_N, np.cumsum(sizes)[:-1])
 
 
 def _group_by_group(method: Callable[[Sequence[float]], Float32Array], groups: Groups) -> list[Float32Array]:
@@ -131,4 +140,4 @@ ADVANTAGES: Mapping[str, Advantages] = MappingProxyType(
         "reinforce_pp_baseline": batch_normalized_with_baseline,
     }
 )
-"""The methods, as `learner.advantage` names them."""
+"""The methods, as `learner.advantage` names them; beside them `gdpo`, which needs more than a reward."""

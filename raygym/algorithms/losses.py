@@ -7,6 +7,8 @@ together: those of one sequence, all of which are present, share a number. How l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -116,6 +118,12 @@ def k3_kl(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
     """q/p - 1 - log(q/p) of each token: unbiased and never negative. The KL term of GRPO (arXiv 2402.03300, eq. 4)."""
     log_ratio_T = reference_T - logprobs_T
     return torch.expm1(log_ratio_T) - log_ratio_T
+
+
+KL_ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {"k1": k1_kl, "k2": k2_kl, "k3": k3_kl}
+)
+"""As `learner.kl_estimator` names them: of a policy's logprobs and the reference's."""
 
 
 def _clipped(ratio_T: Tensor, advantages_T: Tensor, clip_low: float, clip_high: float) -> TokenLosses:

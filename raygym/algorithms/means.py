@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raygym.learner_config import LossMean
+from raygym.method_config import LossMean
 
 
 def token_weights(mean: LossMean, mask_T: Tensor, sequence_T: Tensor, dtype: torch.dtype) -> Tensor:

@@ -102,6 +102,7 @@ async def run_agent_episode(
         sampling=sampling,
         drifted=played.drifted,
         metrics=played.verdict.metrics,
+        reward_components=played.verdict.reward_components,
     )
 
 

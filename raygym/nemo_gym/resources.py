@@ -23,7 +23,7 @@ from raygym.nemo_gym.responses import (
     tool_message,
 )
 from raygym.nemo_gym.rows import Row
-from raygym.nemo_gym.verdict import numbers, read_verdict
+from raygym.nemo_gym.verdict import Verdict, numbers, read_verdict
 from raygym.types import Message
 
 # The server's own paths. A policy that calls a tool of this name must not seed its session anew or grade itself.
@@ -88,7 +88,7 @@ class ResourcesEnv(ChatEnv):
         answer = await self._ask("verify", self._with_response(self._items))
         verdict = read_verdict(answer, self._known)
         # An agent that has used up its steps is graded as well, but it did not end the episode itself.
-        return outputs, verdict.reward, not outputs, bool(outputs), {"metrics": verdict.metrics}
+        return outputs, verdict.reward, not outputs, bool(outputs), _info(verdict, {})
 
     async def _gymnasium_step(self, items: Sequence[dict[str, Any]], last: bool) -> Any:
         answer = await self._ask("step", self._with_response(items))
@@ -98,7 +98,7 @@ class ResourcesEnv(ChatEnv):
         if answer.get("observation"):
             outputs.append({"role": "user", "content": str(answer["observation"])})
         truncated = not terminated and (bool(answer.get("truncated")) or last)
-        return outputs, verdict.reward, terminated, truncated, {"metrics": {**numbers(info), **verdict.metrics}}
+        return outputs, verdict.reward, terminated, truncated, _info(verdict, numbers(info))
 
     async def close(self) -> None:  # type: ignore[override]
         """Release the session where the server can, and close the connection."""
@@ -146,3 +146,8 @@ class ResourcesEnv(ChatEnv):
     def _known(self) -> set[str]:
         assert self._row is not None, "reset comes first"
         return {*self._row.data, "response"}
+
+
+def _info(verdict: Verdict, numbers: dict[str, float]) -> dict[str, Any]:
+    info = {"metrics": {**numbers, **verdict.metrics}}
+    return {**info, "rewards": verdict.reward_components} if verdict.reward_components else info

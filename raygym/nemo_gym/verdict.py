@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from raygym.env import EnvError
+from raygym.env import EnvError, components_problem
 from raygym.types import EpisodeFailure, FailureKind
-
-_SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +18,8 @@ class Verdict:
     reward: float
     metrics: dict[str, float]
     """The verifier's own numbers, and `reward_components` as `reward/<name>`."""
+    reward_components: dict[str, float] = field(default_factory=dict)
+    """By name; the sum is `reward`. None where the verifier names none."""
 
 
 def read_verdict(answer: Mapping[str, Any], known: Collection[str]) -> Verdict:
@@ -40,7 +40,8 @@ def read_verdict(answer: Mapping[str, Any], known: Collection[str]) -> Verdict:
     if reward is None:
         raise EnvError(f"the verifier answered with reward {answer.get('reward')!r}; expected a finite number")
     components = _components(answer.get("reward_components"), reward)
-    return Verdict(reward, {**numbers(answer, {*known, "reward", "mask_sample"}), **components})
+    shown = {f"reward/{name}": value for name, value in components.items()}
+    return Verdict(reward, {**numbers(answer, {*known, "reward", "mask_sample"}), **shown}, components)
 
 
 def numbers(answer: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, float]:
@@ -55,10 +56,9 @@ def _components(components: Any, reward: float) -> dict[str, float]:
     numbers = {key: _number(value) for key, value in components.items()} if isinstance(components, Mapping) else None
     if numbers is None or None in numbers.values():
         raise EnvError(f"the verifier answered with reward_components {components!r}; expected numbers by name")
-    found = {f"reward/{key}": value for key, value in numbers.items() if value is not None}
-    total = math.fsum(found.values())
-    if abs(total - reward) > _SUM_TOLERANCE * max(1.0, abs(reward)):
-        raise EnvError(f"the verifier's reward_components {components!r} sum to {total}, but its reward is {reward}")
+    found = {str(key): value for key, value in numbers.items() if value is not None}
+    if problem := components_problem(found, reward):
+        raise EnvError(f"the verifier answered with reward_components {problem}")
     return found
 
 
