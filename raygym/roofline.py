@@ -79,18 +79,18 @@ def engine_costs(setup: EngineSetup, device: Device, kv_bytes: int, chunked_pref
     )
 
 
-def training_flops(shape: ModelShape, tokens: int, *, recompute: bool = False, reference: bool = False) -> float:
+def training_flops(shape: ModelShape, tokens: int, *, recompute: bool = False, more_forwards: int = 0) -> float:
     """FLOPs of one sequence's forward and backward pass.
 
     6 for each active parameter and token, and those of causal attention (arXiv 2204.02311, appendix B, halved for the
-    mask). Recomputed activations are a forward pass more, so 8 in place of 6; a reference policy is another.
+    mask). Recomputed activations are a forward pass more, so 8 in place of 6.
 
     Args:
         shape: the policy's.
         tokens: of the sequence.
         recompute: `learner.gradient_checkpointing`.
-        reference: whether a reference policy's logprobs are computed.
+        more_forwards: without a backward pass, such as a reference policy's.
     """
     attention = 2 * shape.layers * shape.query_size * tokens
     forward = tokens * (2 * shape.matrix_parameters + attention)
-    return float(forward * (3 + recompute + reference))
+    return float(forward * (3 + recompute + more_forwards))

@@ -291,15 +291,17 @@ def _time(
             return None, "policy.simulated has no batching, so that turns take what they are told to"
         costs = given
     trainer = cluster.gpu if learner.gpus_per_learner else cpu_device(max(1, cores // learner.num_learners))
-    setup_l = learner_setup(config, shape)
+    memory = learner_setup(config, shape)
+    # Logprobs of the starting policy; and of the learner's own before the step, which one mini-batch computes anyway.
+    more_forwards = (learner.kl_coef > 0) + (learner.weighs_tokens and learner.mini_batches > 1)
     flops_per_s = trainer.flops * trainer.training_share * learner.num_learners
 
     def learn_s(lengths: list[int]) -> float:
         flops = sum(
-            training_flops(shape, n, recompute=setup_l.gradient_checkpointing, reference=setup_l.reference)
-            for n in lengths
+            training_flops(shape, tokens, recompute=memory.gradient_checkpointing, more_forwards=more_forwards)
+            for tokens in lengths
         )
         return flops / flops_per_s
 
-    sync_s = shape.parameters * setup_l.bytes_per_value / GIB / cluster.sync_gib_per_s
+    sync_s = shape.parameters * memory.bytes_per_value / GIB / cluster.sync_gib_per_s
     return simulate_steps(config, StepCosts(costs, policy.replicas, context, learn_s, sync_s), workload), ""
