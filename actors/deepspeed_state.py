@@ -1,8 +1,8 @@
 """`TrainState` of a DeepSpeed engine, whichever optimizer it has made of AdamW: whole float32 tensors in and out.
 
 DeepSpeed keeps AdamW's tensors in one of four ways: as they are (float32 without ZeRO), one float32 copy for each
-parameter (bfloat16 without ZeRO), or flat and in parts (ZeRO 1 and 2; ZeRO 3). Its own accessors find a parameter in the
-flat ones, but only after the first step, which makes the moments; so `begin_write` makes them.
+parameter (bfloat16 without ZeRO), or flat and in parts (ZeRO 1 and 2; ZeRO 3). Its own accessors find a parameter in
+the flat ones, but only after the first step, which makes the moments; so `begin_write` makes them.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ class LearnerActor:
         return deepspeed_state(self._engine, self._deepspeed.utils, self.config.zero_stage)
 
     def _gang(self) -> Gang:
-        return Gang(self.rank, self.world_size, self._device)
+        return Gang(self.rank, self.world_size, self._device.type)
 
     def close(self) -> None:
         """Leave the gang. All ranks at once; nothing works afterwards."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from raygym.batch import train_sequences
 from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.metrics import rollout_metrics
+from raygym.resume import ResumePoint, checkpoint_store, save_run_state
 from raygym.run_files import RunFiles
 from raygym.validation import ValidationStream
 
@@ -22,13 +23,22 @@ _DOING = {
     "learn": "learning",
     "validate_wait": "waiting for the validation",
     "sync": "sending the weights",
+    "checkpoint": "saving a checkpoint",
 }
 
 
 class Trainer:
     """One run on a started session."""
 
-    def __init__(self, config: RunConfig, session: Session, files: RunFiles, console: RunConsole) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        session: Session,
+        files: RunFiles,
+        console: RunConsole,
+        resumed: ResumePoint | None = None,
+    ) -> None:
+        """Nothing is done yet. `resumed`: where the run goes on; `session` was started with its rollouts."""
         self._config = config
         self._session = session
         self._files = files
@@ -36,15 +46,14 @@ class Trainer:
         self._advantages = ADVANTAGES[config.learner.advantage]
         self._metrics: dict[str, float] = {}
         self._doing = ""
+        self._resumed = resumed
+        self._checkpoints = checkpoint_store(config)
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
 
     def run(self) -> dict[str, Any]:
         """Train for `steps` steps. Returns what summary.json holds."""
-        session, version = self._session, 0
-        self._console.start_clock()
-        if self._validation.due(0):
-            self._validation.start(0, self._files.hold(0, {}))
-        for step in range(self._config.steps):
+        session, version = self._session, self._begin()
+        for step in range(version, self._config.steps):
             with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
@@ -60,8 +69,28 @@ class Trainer:
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
-            self._log(step + 1)
+            row = self._log(step + 1)
+            if self._checkpoint_due(step + 1):
+                self._save(step + 1, row)
         return self._finish(version)
+
+    def _begin(self) -> int:
+        """Make everything ready for the next step; returns how many were made."""
+        if self._resumed is None:
+            self._console.start_clock()
+            if self._validation.due(0):
+                self._validation.start(0, self._files.hold(0, {}))
+            return 0
+        step, row = self._resumed.step, self._resumed.row
+        with self._console.phase("loading the learners' state"):
+            self._session.learners.load_state(str(self._resumed.checkpoint.state.resolve()))
+            self._checksum = self._session.weights.publish(step).checksum
+        self._session.rollouts.set_version(step)
+        self._validation.rewards.update(self._files.validation_rewards)
+        self._console.resume(step)
+        if not self._files.has_row(step):
+            self._write(step, row)
+        return step
 
     def _record(self, collected: Any, version: int, learned: Any, published: Any) -> None:
         self._metrics |= rollout_metrics(collected, version)
@@ -87,41 +116,60 @@ class Trainer:
         }
         self._checksum = published.checksum
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int) -> dict[str, float | str]:
+        """Tell of a step that is done; returns its row as far as it is known."""
         metrics, self._metrics = self._metrics, {}
         row = {**metrics, "sync/checksum": self._checksum}
+        self._write(step, row)  # before it is shown: what is shown is on disk, or held
+        self._console.step(step, metrics)
+        return row
+
+    def _write(self, step: int, row: Mapping[str, float | str]) -> None:
         if self._validation.due(step):
-            held = self._files.hold(step, row)
-            self._console.step(step, metrics)
-            self._validation.start(step, held)
-        else:  # what is shown is on disk
+            self._validation.start(step, self._files.hold(step, row))
+        else:
             self._files.metrics(step, row)
-            self._console.step(step, metrics)
 
     def _finish(self, version: int) -> dict[str, Any]:
         self._doing = "finishing"
-        saved = self._save(version)
         with self._console.live("waiting for the last validation"):
             self._validation.wait()
+        self._checkpoints.retain(self._files.scores)
         summary: dict[str, Any] = {
             "name": self._config.name,
             "steps": self._config.steps,
             "policy_version": version,
-            "validation_reward": {str(step): reward for step, reward in self._validation.rewards.items()},
+            "validation_reward": {str(step): reward for step, reward in sorted(self._validation.rewards.items())},
         }
         if version:
             summary["weights_checksum"] = self._checksum
-        return summary | saved
+        if self._resumed is not None:
+            summary["resumed_at"] = self._resumed.step
+        if version in self._checkpoints.steps():
+            summary["checkpoint"] = str(self._checkpoints.path_of(version))
+        return summary
 
-    def _save(self, version: int) -> dict[str, Any]:
-        """The final policy, which the last validation is playing meanwhile."""
-        if not version or not self._config.checkpoint.save_final:
-            return {}
-        path = self._files.path / "checkpoints" / f"step_{version:06d}"
-        with self._console.phase(f"saving the policy to {path}"):
-            self._session.learners.save_hf(str(path.resolve()))
-        (path.parent / "latest").write_text(path.name + "\n", encoding="utf-8")
-        return {"checkpoint": str(path)}
+    def _checkpoint_due(self, step: int) -> bool:
+        options = self._config.checkpoint
+        regular = options.every > 0 and step % options.every == 0
+        return regular or (options.save_final and step == self._config.steps)
+
+    def _save(self, step: int, row: Mapping[str, float | str]) -> None:
+        """Make the checkpoint of a step, which a validation of its policy may be playing meanwhile.
+
+        The ledger has the step by now. So a kill before the end of this leaves lines of steps that will be made again,
+        which the next start cuts off; a kill after it leaves nothing to be made again.
+        """
+        session, path = self._session, self._checkpoints.path_of(step)
+        with self._timed("checkpoint"), self._console.phase(f"saving {path}"):
+            rollouts = session.rollouts.snapshot()
+            self._files.sync()
+            with self._checkpoints.writing(step, self._config.model_dump(mode="json")) as partial:
+                state = partial / "training_state"
+                session.learners.save_hf(str(partial.resolve()))
+                session.learners.save_state(str(state.resolve()))
+                save_run_state(state, rollouts, row, self._validation.due(step))
+            self._checkpoints.retain(self._files.scores)
 
     def _validating(self, progress: str) -> None:
         if self._doing != _DOING["generate"]:  # what is told of collecting covers the validation

@@ -130,12 +130,14 @@ class CheckpointStore:
             shutil.rmtree(going, ignore_errors=True)
 
     def move_newer(self, step: int, folder: Path) -> None:
-        """Move the checkpoints of later steps into `folder`, which is made if it is needed."""
+        """Make that of `step` the newest: move those of later steps into `folder`, which is made if it is needed."""
         for newer in (other for other in self.steps() if other > step):
             folder.mkdir(parents=True, exist_ok=True)
             self.path_of(newer).rename(folder / self.path_of(newer).name)
-        if (self.path / "best").is_file() and not (self.path / (self.path / "best").read_text().strip()).is_dir():
-            (self.path / "best").unlink()
+        self._point("latest", step)
+        best = self.path / "best"
+        if best.is_file() and not (self.path / best.read_text(encoding="utf-8").strip()).is_dir():
+            best.unlink()
 
     def _read(self, step: int) -> Checkpoint:
         path = self.path_of(step)

@@ -57,7 +57,7 @@ class Gang:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     """Where the process group's backend wants tensors."""
 
     def from_first(self, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -106,7 +106,7 @@ def save_learner_state(folder: Path, state: TrainState, updates: int, gang: Gang
             if writer is not None:
                 writer.add(f"{name}.{kind}", value)
     random = {f"cpu.{rank}": value for rank, value in enumerate(gang.of_all(torch.get_rng_state()))}
-    if gang.device.type == "cuda":
+    if gang.device == "cuda":
         random |= {f"cuda.{rank}": value for rank, value in enumerate(gang.of_all(torch.cuda.get_rng_state()))}
     if writer is not None:
         for name, value in random.items():
@@ -153,7 +153,7 @@ def _restore_random(reader: _ShardReader | None, gang: Gang, index: Mapping[str,
     kinds: list[tuple[str, Callable[[], Tensor], Callable[[Tensor], None]]] = [
         ("cpu", torch.get_rng_state, torch.set_rng_state)
     ]
-    if gang.device.type == "cuda" and "random.cuda.0" in index["files"]:
+    if gang.device == "cuda" and "random.cuda.0" in index["files"]:
         kinds.append(("cuda", torch.cuda.get_rng_state, torch.cuda.set_rng_state))
     for kind, current, restore in kinds:
         own = current()

@@ -9,8 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from raygym.checkpoint import CheckpointStore
 from raygym.config import RunConfig
 from raygym.config_file import dump_config
+from raygym.durable import sync_file
+from raygym.resume import ResumePoint, checkpoint_store
+from raygym.run_cut import Row, cut_lines, discard_folder, move_into
 from raygym.schedule import Collected
 from raygym.types import Trajectory
 from raygym.whole_file import write_whole
@@ -36,24 +40,88 @@ class HeldRow:
 class RunFiles:
     """The writer of one run's directory. Every line is flushed: a killed run loses nothing that was reported."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Create the directory. An earlier run of the same name is moved aside, never overwritten."""
+    def __init__(self, config: RunConfig, resumed: ResumePoint | None = None) -> None:
+        """Create the directory, or go on in it.
+
+        Args:
+            config: the run's.
+            resumed: where the run goes on; what it had done after that is cut off and kept in `discarded/`. Without it,
+                an earlier run of the same name is moved aside, never overwritten.
+        """
         self.path = config.run_dir
-        self.moved_to = move_aside(self.path)
-        (self.path / "trajectories").mkdir(parents=True)
-        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        self.moved_to: Path | None = None
+        """Where the earlier run is now."""
+        self.discarded: Path | None = None
+        """Where that is which was cut off."""
+        self.scores: dict[int, float] = {}
+        """By step, `checkpoint.best_metric` of each row that has it."""
+        self._best_metric = config.checkpoint.best_metric
+        self._rows: dict[int, Row] = {}
+        if resumed is None:
+            self.moved_to = move_aside(self.path)
+        else:
+            self._cut(resumed, checkpoint_store(config))
+        (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / "config.yaml", dump_config(config))
         self._keep_trajectories = config.logging.trajectories
         self._tensorboard = _tensorboard(self.path) if config.logging.tensorboard else None
         self._held: HeldRow | None = None
+        for step, row in self._rows.items():
+            self._show(step, row)
+
+    @property
+    def validation_rewards(self) -> dict[int, float]:
+        """By step, of the rows that were there when the run was resumed."""
+        return {step: row["val/reward"] for step, row in self._rows.items() if "val/reward" in row}
+
+    def has_row(self, step: int) -> bool:
+        """Whether this step's row was there when the run was resumed, with its validation if it was to have one."""
+        return step in self._rows
 
     def metrics(self, step: int, scalars: Mapping[str, float | str]) -> None:
         """Append one step's scalars to metrics.jsonl and TensorBoard."""
         self._append("metrics.jsonl", {"step": step, **scalars})
+        self._show(step, scalars)
+
+    def _show(self, step: int, scalars: Mapping[str, float | str]) -> None:
+        numbers = {name: value for name, value in scalars.items() if not isinstance(value, str) and name != "step"}
+        if self._best_metric in numbers:
+            self.scores[step] = numbers[self._best_metric]
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                if not isinstance(value, str):
-                    self._tensorboard.add_scalar(name, value, step)
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+
+    def sync(self) -> None:
+        """What was written of the steps is on the disk: a checkpoint may be made that takes it for granted."""
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            if (self.path / name).exists():
+                sync_file(self.path / name)
+
+    def _cut(self, resumed: ResumePoint, checkpoints: CheckpointStore) -> None:
+        """Leave what the checkpoint knows of. Whatever is killed in here is done again by the next start."""
+        step, discarded = resumed.step, discard_folder(self.path, resumed.step)
+
+        def known(row: Row) -> bool:
+            return row["step"] <= step
+
+        def whole(row: Row) -> bool:
+            # A run that was stopped while it validated has written the row without the validation.
+            return known(row) and (row["step"] < step or not resumed.validated or "val/failed" in row)
+
+        self._rows = {row["step"]: row for row in cut_lines(self.path / "metrics.jsonl", whole, discarded)}
+        cut_lines(self.path / "ledger.jsonl", known, discarded)
+        for path in sorted((self.path / "trajectories").glob("*_*.jsonl")):
+            kind, number = path.stem.split("_")
+            again = (kind, int(number)) == ("validation", step) and step not in self._rows
+            if int(number) > step or again:
+                move_into(path, discarded / "trajectories")
+        checkpoints.move_newer(step, discarded / "checkpoints")
+        # It shows metrics.jsonl, and is written anew from it.
+        move_into(self.path / "tensorboard", discarded)
+        move_into(self.path / "summary.json", discarded)
+        write_whole(self.path / "scheduler.json", json.dumps(resumed.rollouts.scheduler.to_json()) + "\n")
+        self.discarded = discarded if discarded.exists() else None
 
     def hold(self, step: int, scalars: Mapping[str, float | str]) -> HeldRow:
         """Keep a step's row back until the rest of it is known, or the files are closed. Rows keep their order: the

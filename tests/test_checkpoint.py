@@ -151,6 +151,7 @@ def test_leftovers_go_and_later_ones_are_moved(tmp_path: Path) -> None:
     assert {e.name for e in store.path.iterdir()} == {"step_000001", "step_000002", "step_000003", "latest", "best"}
     store.move_newer(1, tmp_path / "discarded")
     assert store.steps() == [1]
+    assert (store.path / "latest").read_text() == "step_000001\n"
     assert not (store.path / "best").exists(), "what it pointed to is gone"
     assert sorted(entry.name for entry in (tmp_path / "discarded").iterdir()) == ["step_000002", "step_000003"]
 
