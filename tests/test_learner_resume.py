@@ -93,7 +93,8 @@ def files(state: Path) -> dict[str, bytes]:
     return {name: t.numpy().tobytes() for name, t in tensors.items() if not name.startswith("random.")}
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=only_long), pytest.param(2, marks=only_long), 3])
+@only_long  # all of it is in the other tests, but for the copy of the weights in float32
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_keeps_its_float32_weights(
     stage: int, ray_cluster: None, model_dir: Path, sequences: list[TrainSequence], tmp_path: Path
 ) -> None:

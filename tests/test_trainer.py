@@ -20,8 +20,8 @@ from raygym.actors.weight_sync import Published
 from raygym.config import RunConfig
 from raygym.config_file import parse_config
 from raygym.console import RunConsole
-from raygym.run_files import RunFiles
 from raygym.rollout_state import RolloutState
+from raygym.run_files import RunFiles
 from raygym.schedule import Collected, SchedulerState
 from raygym.types import Task
 
