@@ -110,14 +110,7 @@ class _FlatState(_State):
         self._accessors = accessors
 
     def read(self, name: str, kind: str) -> Tensor:
-        parameter = self._parameters[name]
-        if kind == "weight":
-            value = self._accessors.safe_get_full_fp32_param(parameter)
-        elif not self.optimizer_steps():
-            return torch.zeros(parameter.shape)
-        else:
-            value = self._accessors.safe_get_full_optimizer_state(parameter, kind)
-        return value.detach().cpu()
+        return _read_whole(self._accessors, self._parameters[name], kind, self.shapes()[name], self.optimizer_steps())
 
     def begin_write(self, optimizer_steps: int) -> None:
         optimizer = self._engine.optimizer
@@ -148,12 +141,7 @@ class _ZeRO3(_State):
         self._accessors = accessors
 
     def read(self, name: str, kind: str) -> Tensor:
-        parameter = self._parameters[name]
-        if kind == "weight":
-            return self._accessors.safe_get_full_fp32_param(parameter).detach().cpu()
-        if not self.optimizer_steps():
-            return torch.zeros(parameter.ds_shape)
-        return self._accessors.safe_get_full_optimizer_state(parameter, kind).detach().cpu()
+        return _read_whole(self._accessors, self._parameters[name], kind, self.shapes()[name], self.optimizer_steps())
 
     def begin_write(self, optimizer_steps: int) -> None:
         optimizer = self._engine.optimizer
@@ -183,3 +171,15 @@ class _ZeRO3(_State):
         for group in range(len(optimizer.fp16_groups)):  # from the float32 parts to those that the policy computes with
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()
+
+
+def _read_whole(accessors: ModuleType, parameter: Any, kind: str, shape: tuple[int, ...], steps: int) -> Tensor:
+    if kind != "weight" and not steps:
+        return torch.zeros(shape)  # they are made by the first step
+    weight = kind == "weight"
+    value: Tensor = (
+        accessors.safe_get_full_fp32_param(parameter)
+        if weight
+        else accessors.safe_get_full_optimizer_state(parameter, kind)
+    )
+    return value.detach().cpu()

@@ -119,7 +119,7 @@ class Trainer:
     def _log(self, step: int) -> dict[str, float | str]:
         """Tell of a step that is done; returns its row as far as it is known."""
         metrics, self._metrics = self._metrics, {}
-        row = {**metrics, "sync/checksum": self._checksum}
+        row: dict[str, float | str] = {**metrics, "sync/checksum": self._checksum}
         self._write(step, row)  # before it is shown: what is shown is on disk, or held
         self._console.step(step, metrics)
         return row

@@ -49,7 +49,8 @@ class RolloutState:
 
     def save(self, folder: Path) -> None:
         """Write `rollouts.json` and, where there are whole groups, `groups.safetensors`."""
-        records, trajectories = [], []
+        records: list[str] = []
+        trajectories: list[Trajectory] = []
         for group in self.whole:
             try:
                 records.append(json.dumps([_record(t) for t in group.trajectories], default=float))

@@ -103,7 +103,7 @@ class RunFiles:
         step, discarded = resumed.step, discard_folder(self.path, resumed.step)
 
         def known(row: Row) -> bool:
-            return row["step"] <= step
+            return bool(row["step"] <= step)
 
         def whole(row: Row) -> bool:
             # A run that was stopped while it validated has written the row without the validation.

@@ -111,6 +111,7 @@ def test_bfloat16_keeps_its_float32_weights(
     assert stats["loss"] == expected_stats["loss"] and stats["grad_norm"] == expected_stats["grad_norm"]
 
 
+@only_long
 def test_a_state_of_another_policy_fails_on_all_ranks_at_once(
     uninterrupted: tuple[Path, dict[str, torch.Tensor], dict[str, float]], model_dir: Path, tmp_path: Path
 ) -> None:
