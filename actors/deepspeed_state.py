@@ -23,7 +23,7 @@ def deepspeed_state(engine: Any, accessors: ModuleType, zero_stage: int) -> Trai
     """The state behind an engine.
 
     Args:
-        engine: what `deepspeed.initialize` gave, with torch's AdamW inside.
+        engine: what `deepspeed.initialize` gave, with torch's AdamW inside, or DeepSpeed's for the CPU.
         accessors: `deepspeed.utils`.
         zero_stage: of its config.
     """
@@ -57,10 +57,12 @@ class _State:
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
     def _make_moments(self, masters: list[Tensor], optimizer_steps: int) -> None:
-        state = self._adamw().state
+        adamw = self._adamw()
+        # torch's counts in a tensor beside the moments (the fused one needs it there), DeepSpeed's own in an integer.
+        in_tensor = isinstance(adamw, torch.optim.AdamW)
         for master in masters:
-            state[master] = {
-                "step": torch.tensor(float(optimizer_steps)),
+            adamw.state[master] = {
+                "step": torch.tensor(float(optimizer_steps), device=master.device) if in_tensor else optimizer_steps,
                 **{moment: torch.zeros_like(master) for moment in _MOMENTS},
             }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -24,10 +25,13 @@ from raygym.actors.weight_sender import send_version
 from raygym.config import LearnerConfig
 from raygym.learner_state import Gang, TrainState, load_learner_state, save_learner_state
 from raygym.packing import MicroBatch
-from raygym.policy_model import TokenLogprobs, check_model
+from raygym.policy_model import TokenLogprobs
+from raygym.policy_packing import Packing, choose_packing
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats, PolicyUpdate
 from raygym.weights import Manifest, plan_manifest
+
+logger = logging.getLogger(__name__)
 
 
 class LearnerActor:
@@ -85,21 +89,30 @@ class LearnerActor:
         )
         self.policy = self._load_policy()
         model = TokenLogprobs(self.policy)
-        check_model(model)
+        packing = choose_packing(model, config.packing)
+        logger.info("learner.packing: %s", packing.name)
         # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
         # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
         optimizer.state.clear()
         self._update = PolicyUpdate(
             config,
             self,
             self._temperature,
+            packing=packing,
             rank=self.rank,
             world_size=self.world_size,
             device=self._device,
-            reference=TokenLogprobs(self._load_policy()) if config.kl_coef else None,
+            reference=self._load_reference(packing) if config.kl_coef else None,
         )
+
+    def _load_reference(self, packing: Packing) -> TokenLogprobs:
+        reference = TokenLogprobs(self._load_policy())
+        choose_packing(reference, packing.name)
+        return reference
 
     def _load_policy(self) -> Any:
         policy: Any = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))
