@@ -17,7 +17,7 @@ _HARMLESS = re.compile(
     | rollout\.(max_concurrent|min_concurrent|concurrency|env_runners|env_runner_memory_mib|max_retries|retries.*
         |max_failures_in_a_row|max_replaced_groups|max_uniform_groups)
     | envs\.\d+\.(isolation|processes|memory_mib)
-    | learner\.(num_learners|gpus_per_learner|threads|tokens_per_micro_batch|deepspeed.*)
+    | learner\.(num_learners|gpus_per_learner|threads|tokens_per_micro_batch|packing|gradient_checkpointing|deepspeed.*)
     """,
     re.VERBOSE,
 )

@@ -111,10 +111,11 @@ class RunFiles:
 
         self._rows = {row["step"]: row for row in cut_lines(self.path / "metrics.jsonl", whole, discarded)}
         cut_lines(self.path / "ledger.jsonl", known, discarded)
-        for path in sorted((self.path / "trajectories").glob("*_*.jsonl")):
-            kind, number = path.stem.split("_")
-            again = (kind, int(number)) == ("validation", step) and step not in self._rows
-            if int(number) > step or again:
+        for path in sorted((self.path / "trajectories").glob("*.jsonl")):
+            kind, _, number = path.stem.rpartition("_")
+            of_step = int(number) if number.isdigit() else -1
+            again = kind == "validation" and of_step == step and step not in self._rows
+            if of_step > step or again:
                 move_into(path, discarded / "trajectories")
         checkpoints.move_newer(step, discarded / "checkpoints")
         # It shows metrics.jsonl, and is written anew from it.
