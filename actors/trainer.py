@@ -14,7 +14,7 @@ from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.metrics import rollout_metrics
 from raygym.resume import ResumePoint, checkpoint_store, save_run_state
-from raygym.run_files import RunFiles
+from raygym.run_files import HeldRow, RunFiles
 from raygym.validation import ValidationStream
 
 # What the live line says of the parts of a step.
@@ -79,7 +79,7 @@ class Trainer:
         if self._resumed is None:
             self._console.start_clock()
             if self._validation.due(0):
-                self._validation.start(0, self._files.hold(0, {}))
+                self._validate(0, self._write(0, {}))
             return 0
         step, row = self._resumed.step, self._resumed.row
         with self._console.phase("loading the learners' state"):
@@ -89,7 +89,7 @@ class Trainer:
         self._validation.rewards.update(self._files.validation_rewards)
         self._console.resume(step)
         if not self._files.has_row(step):
-            self._write(step, row)
+            self._validate(step, self._write(step, row))
         return step
 
     def _record(self, collected: Any, version: int, learned: Any, published: Any) -> None:
@@ -121,15 +121,21 @@ class Trainer:
         """Tell of a step that is done; returns its row as far as it is known."""
         metrics, self._metrics = self._metrics, {}
         row: dict[str, float | str] = {**metrics, "sync/checksum": self._checksum}
-        self._write(step, row)  # before it is shown: what is shown is on disk, or held
+        held = self._write(step, row)  # before it is shown: what is shown is on disk, or held
         self._console.step(step, metrics)
+        self._validate(step, held)
         return row
 
-    def _write(self, step: int, row: Mapping[str, float | str]) -> None:
+    def _write(self, step: int, row: Mapping[str, float | str]) -> HeldRow | None:
+        """Write a step's row, or hold it back for the validation that belongs into it."""
         if self._validation.due(step):
-            self._validation.start(step, self._files.hold(step, row))
-        else:
-            self._files.metrics(step, row)
+            return self._files.hold(step, row)
+        self._files.metrics(step, row)
+        return None
+
+    def _validate(self, step: int, held: HeldRow | None) -> None:
+        if held is not None:
+            self._validation.start(step, held)
 
     def _finish(self, version: int) -> dict[str, Any]:
         self._doing = "finishing"
