@@ -165,8 +165,9 @@ def test_a_killed_part_costs_no_task_and_repeats_none(
         finish(first)
     else:
         output = finish(first, -signal.SIGKILL if victim == "trainer" else 1)
-        if victim != "trainer":
-            assert "raygym: train failed: " in output, "the cause is told"
+        if victim != "trainer":  # without a cluster, Ray ends the process in its own words
+            told = "The program will terminate" if victim == "cluster" else "raygym: train failed: "
+            assert told in output or "raygym: train failed: " in output, "the cause is told"
         assert_gone(below)
         assert "resuming " in finish(start(tmp_path, "killed", ENGINES[engine]))
     audit(run)
