@@ -1,4 +1,4 @@
-"""Prepare a Python with TRL in `.venv-trl`: `make trl`. Run by the checkout's own Python; `benchmarks/learner.py` needs it.
+"""Prepare a Python with TRL in `.venv-trl`, for `benchmarks/learner.py`: `make trl`. Run by the checkout's own Python.
 
 TRL takes other versions of transformers than vLLM, so it lives in a virtual environment of its own.
 """
