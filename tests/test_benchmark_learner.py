@@ -85,7 +85,7 @@ def test_a_process_makes_steps_and_its_end_is_told(tmp_path: Path) -> None:
         assert (first["number"], second["number"], second["seconds"]) == (0, 1, 1.0)
         assert 32 < second["peak_mib"] < 1000
         assert not second["sees_raygym"]
-        with pytest.raises(steps.StepError, match="(?s)fake_side ended.*not an answer.*had enough"):
+        with pytest.raises(steps.StepError, match=r"(?s)fake_side ended.*not an answer.*had enough"):
             process.step()
 
 
