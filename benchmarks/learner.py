@@ -82,6 +82,7 @@ def main() -> None:
         "--trl-rows", nargs="+", type=int, default=[], help="sequences of TRL's micro-batches, to be tried"
     )
     parser.add_argument("--learner", type=json.loads, default={}, help="JSON: keys of `learner` to have other values")
+    parser.add_argument("--repetitions", type=int, default=0, help="timed steps of each (default: 3, quick: 1)")
     parser.add_argument("--profile", action="store_true", help="one more step of each, its operators to standard error")
     options = parser.parse_args()
     if not TRL_PYTHON.exists():
@@ -94,7 +95,7 @@ def main() -> None:
         run = Run(
             model_dir=resolve_policy(model),
             folder=Path(folder),
-            repetitions=1 if options.quick else 3,
+            repetitions=options.repetitions or (1 if options.quick else 3),
             trl_rows=tuple(options.trl_rows) or ((8,) if options.quick else TRL_ROWS),
             learner=options.learner,
             profile=options.profile,
