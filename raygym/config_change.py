@@ -11,13 +11,14 @@ from typing import Any
 # version of the config adds is outside until somebody has thought about it.
 _HARMLESS = re.compile(
     r"""
-    steps | runs_dir | logging\..* | checkpoint\..* | validation\.(every|deadline_s)
+    steps | runs_dir | logging\..* | checkpoint\..* | alarms\..* | validation\.(every|deadline_s)
     | .*_timeout_s | sync\.(bucket_mib)
     | policy\.(replicas|gpus_per_replica|api_key_env|strict_sampling|http\..*|sessions\..*)
     | rollout\.(max_concurrent|min_concurrent|concurrency|env_runners|env_runner_memory_mib|max_retries|retries.*
         |max_failures_in_a_row|max_replaced_groups|max_uniform_groups)
     | envs\.\d+\.(isolation|processes|memory_mib)
-    | learner\.(num_learners|gpus_per_learner|threads|tokens_per_micro_batch|packing|gradient_checkpointing|deepspeed.*)
+    | learner\.(num_learners|gpus_per_learner|threads|peak_tflops|placement|tokens_per_micro_batch|packing
+        |gradient_checkpointing|deepspeed.*)
     """,
     re.VERBOSE,
 )
