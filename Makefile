@@ -5,19 +5,25 @@ BIN := .venv/bin
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 # NEMO_GYM_PYTHON=/path/to/python3.13 chooses the interpreter of NeMo Gym's own virtual environment.
 NEMO_GYM_PYTHON ?=
+# TRL_PYTHON=/path/to/python3.11 chooses that of TRL's.
+TRL_PYTHON ?=
 # `make bench BENCH_ARGS=--quick` for a short run.
 BENCH_ARGS ?=
 
 # DeepSpeed looks for ninja on the PATH; last, for the reason given in tools/setup.py.
 export PATH := $(PATH):$(CURDIR)/$(BIN)
 
-.PHONY: setup nemo-gym demo test test-long test-pure lint bench clean
+.PHONY: setup nemo-gym trl demo test test-long test-pure lint bench clean
 
 setup:
 	@python3 tools/setup.py $(if $(PYTHON),--python "$(PYTHON)")
 
 nemo-gym: setup
 	@$(BIN)/python tools/nemo_gym.py --python "$(NEMO_GYM_PYTHON)"
+
+# What benchmarks/learner.py measures beside.
+trl: setup
+	@$(BIN)/python tools/trl.py --python "$(TRL_PYTHON)"
 
 demo: setup
 	$(BIN)/raygym train configs/demo.yaml

@@ -98,7 +98,14 @@ class EnvRunner:
         settle_process()
 
     async def run_episode(
-        self, task: Task, group_id: str, episode: int, attempt: int, sampling: Sampling, places: int | None = None
+        self,
+        task: Task,
+        group_id: str,
+        episode: int,
+        attempt: int,
+        sampling: Sampling,
+        places: int | None = None,
+        first_attempt: int = 0,
     ) -> Trajectory:
         """One episode on a fresh environment. Failures of environment or engine come back as a failed trajectory.
 
@@ -110,6 +117,7 @@ class EnvRunner:
             sampling: as there.
             places: how many episodes may ask the policy here at once from now on; this one waits for its place. None:
                 any number.
+            first_attempt: as there.
 
         Raises:
             EnvError: the task names an environment that this runner does not host.
@@ -155,6 +163,7 @@ class EnvRunner:
                     sampling=sampling,
                     run_seed=self._run_seed,
                     place=place,
+                    first_attempt=first_attempt,
                 )
         except asyncio.CancelledError:
             if attempt < self._first_attempt:
@@ -171,7 +180,13 @@ class EnvRunner:
 
     async def _run_asked(self, asked: EpisodeRequest) -> Trajectory:
         return await self.run_episode(
-            asked.task, asked.group_id, asked.episode, asked.attempt, asked.sampling, asked.places
+            asked.task,
+            asked.group_id,
+            asked.episode,
+            asked.attempt,
+            asked.sampling,
+            asked.places,
+            asked.first_attempt,
         )
 
     async def ping(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from raygym.rollout_state import RolloutState
 from raygym.schedule import Collected, RolloutStopped, SchedulerState
 
 logger = logging.getLogger(__name__)
@@ -32,17 +33,23 @@ class KeptManager:
     each in a thread of its own; both are asked for again.
     """
 
-    def __init__(self, start: Callable[[SchedulerState], Any], answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        start: Callable[[SchedulerState], Any],
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        state: SchedulerState | None = None,
+    ) -> None:
         """Start the first one; returns before it is up.
 
         Args:
             start: makes a RolloutManager actor that goes on from a state.
             answer_timeout_s: a manager that does not say for so long that it is alive is replaced.
+            state: from which the first one goes on.
         """
         self._start = start
         self._answer_timeout_s = answer_timeout_s
-        self._state = SchedulerState()
-        self._version = 0
+        self._state = state or SchedulerState()
+        self._version = self._state.version
         self._restarts = self._in_a_row = 0
         # Guards all of the above, and which manager is in charge.
         self._lock = threading.Lock()
@@ -64,6 +71,7 @@ class KeptManager:
         """
         while True:
             manager, collected = self._answered("collect", lambda: (step,), progress)
+            assert isinstance(collected, Collected)
             with self._lock:
                 # One that was found lost meanwhile has a successor, which plays this step again.
                 if manager is self._manager:
@@ -84,9 +92,16 @@ class KeptManager:
             return tasks, max(0.0, began + deadline_s - time.monotonic())
 
         _, collected = self._answered("validate", arguments, progress)
+        assert isinstance(collected, Collected)
         with self._lock:
             self._in_a_row = 0
         return collected, time.monotonic() - began
+
+    def snapshot(self) -> RolloutState:
+        """Where the rollouts stand: after the last collection, whatever was lost since. Raises as `collect` does."""
+        _, state = self._answered("snapshot", tuple, lambda _: None)
+        assert isinstance(state, RolloutState)
+        return state
 
     def set_version(self, version: int) -> None:
         """Tell the manager, and those after it, which version the engines serve."""
@@ -108,7 +123,7 @@ class KeptManager:
 
     def _answered(
         self, method: str, arguments: Callable[[], tuple[Any, ...]], progress: Callable[[str], None]
-    ) -> tuple[Any, Collected]:
+    ) -> tuple[Any, Any]:
         """The manager that answered, and its answer."""
         with self._counted():
             while True:
@@ -132,14 +147,13 @@ class KeptManager:
                 self._calls -= 1
                 self._left.notify_all()
 
-    def _watch(self, manager: Any, reference: Any, progress: Callable[[str], None]) -> Collected:
+    def _watch(self, manager: Any, reference: Any, progress: Callable[[str], None]) -> Any:
         # Episodes keep their own deadlines, so the wait itself needs none; that the manager answers is checked instead.
         started = time.monotonic()
         while not ray.wait([reference], timeout=_HEARTBEAT_S)[0]:
             text = ray.get(manager.progress.remote(), timeout=self._answer_timeout_s)
             progress(f"{text}, {time.monotonic() - started:.0f} s")
-        collected: Collected = answer(reference, self._answer_timeout_s)
-        return collected
+        return answer(reference, self._answer_timeout_s)
 
     def _replace(self, lost: Any, error: RayError) -> None:
         cause = _cause(error, self._answer_timeout_s)

@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.collective import join_group, leave_group
+from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.actors.weight_sender import send_version
 from raygym.config import LearnerConfig
+from raygym.learner_state import Gang, TrainState, load_learner_state, save_learner_state
 from raygym.model_flops import ModelFlops, known_peak_tflops
 from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
@@ -238,6 +240,25 @@ class LearnerActor:
                 shutil.rmtree(final)
             partial.replace(final)
         dist.barrier()
+
+    def save_state(self, path: str) -> None:
+        """Write weights, optimizer and random generators to the folder `path`, on rank 0's node. All ranks at once."""
+        save_learner_state(Path(path), self._train_state(), self._update.updates, self._gang())
+        dist.barrier()
+
+    def load_state(self, path: str) -> None:
+        """Go on from what `save_state` wrote, also with other ranks or another ZeRO stage. All ranks at once.
+
+        Raises:
+            LearnerStateError: it is not one of this policy.
+        """
+        self._update.updates = load_learner_state(Path(path), self._train_state(), self._gang())
+
+    def _train_state(self) -> TrainState:
+        return deepspeed_state(self._engine, self._deepspeed.utils, self.config.zero_stage)
+
+    def _gang(self) -> Gang:
+        return Gang(self.rank, self.world_size, self._device.type)
 
     def close(self) -> None:
         """Leave the gang. All ranks at once; nothing works afterwards."""

@@ -65,6 +65,14 @@ class LearnerGroup:
         """Write the current policy as a Hugging Face directory."""
         self.call_all("save_hf", path, timeout_s=self.config.update_timeout_s)
 
+    def save_state(self, path: str) -> None:
+        """Write what is needed to go on, to a folder that rank 0's node reaches; see `LearnerActor.save_state`."""
+        self.call_all("save_state", path, timeout_s=self.config.update_timeout_s)
+
+    def load_state(self, path: str) -> None:
+        """Go on from there; the number of ranks and the ZeRO stage may be others."""
+        self.call_all("load_state", path, timeout_s=self.config.update_timeout_s)
+
     def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """Call a method on every rank at once; the results, in order of rank.
 

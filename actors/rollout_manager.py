@@ -22,10 +22,11 @@ from raygym.concurrency import AdaptiveConcurrency
 from raygym.config import EnvConfig, RolloutConfig
 from raygym.episode_exchange import EpisodeClient, EpisodesLost, Finished
 from raygym.loop_lag import LoopLag
+from raygym.rollout_state import RolloutState
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
 from raygym.task_stream import Taken, TaskStream
 from raygym.tasks import TaskCursor
-from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
+from raygym.types import EpisodeFailure, FailureKind, Group, Sampling, Task, Trajectory
 
 # An EnvRunner keeps the episode's own deadlines, and one that is stuck itself is noticed by its supervisor.
 _RUNNER_MARGIN_S = 30.0
@@ -49,6 +50,7 @@ class RolloutManager:
         supervision: Supervision | None = None,
         state: SchedulerState | None = None,
         policy: tuple[str, str] | None = None,
+        whole: Sequence[Group] = (),
     ) -> None:
         """Nothing is played yet.
 
@@ -63,12 +65,13 @@ class RolloutManager:
             state: what a manager before this one left to do.
             policy: deployment and Serve application of the engines, whose load is asked for where
                 `rollout.concurrency` is adaptive.
+            whole: groups that `state` owes and that need not be played again.
         """
         state = state or SchedulerState()
         given = {name: getattr(config, name) for name in SchedulerOptions.__slots__ if name != "steps"}
         cursor = TaskCursor([(env.label, env.weight) for env in envs], seed, state.cursor)
         self._options = SchedulerOptions(**given, steps=steps)
-        self._scheduler = Scheduler(cursor, self._options, time.monotonic, state)
+        self._scheduler = Scheduler(cursor, self._options, time.monotonic, state, whole)
         self._control: AdaptiveConcurrency | None = None
         self._control_loop: ConcurrencyLoop | None = None
         if config.concurrency == "adaptive":
@@ -151,6 +154,10 @@ class RolloutManager:
             self._stream = None
         self._fill()
         return taken
+
+    async def snapshot(self) -> RolloutState:
+        """Where the training's rollouts stand at this moment, with what is whole; nothing that is played is stopped."""
+        return RolloutState(self._scheduler.state(), self._scheduler.whole_groups())
 
     async def set_version(self, version: int) -> None:
         """The engines serve a new version: more groups may start."""
@@ -270,7 +277,8 @@ class RolloutManager:
     async def _call(self, assignment: Assignment) -> Trajectory | EpisodeFailure:
         if self._supervisor is None:  # not by the constructor, which does not run in the actor's event loop
             self._supervisor = RunnerSupervisor(self._runners, self._supervision)
-            self._clients = [EpisodeClient(partial(_exchange, runner), self._generation) for runner in self._runners]
+            numbers = self._generation, self._scheduler.first_attempt
+            self._clients = [EpisodeClient(partial(_exchange, runner), *numbers) for runner in self._runners]
         supervisor = self._supervisor
         index = await supervisor.take()
         deadline_s = self._deadline_s[assignment.task.env]

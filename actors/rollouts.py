@@ -16,6 +16,7 @@ from raygym.actors.rollout_manager import start_manager
 from raygym.actors.serving import app_name
 from raygym.config import RunConfig
 from raygym.episode import EpisodeLimits
+from raygym.rollout_state import RolloutState
 from raygym.schedule import Collected, SchedulerState
 from raygym.task_stream import Taken
 from raygym.types import Task
@@ -25,7 +26,12 @@ class Rollouts:
     """Owns the EnvRunners and the RolloutManager of one run."""
 
     def __init__(
-        self, config: RunConfig, model_dir: str, max_model_len: int, placement: Mapping[str, Any] | None = None
+        self,
+        config: RunConfig,
+        model_dir: str,
+        max_model_len: int,
+        placement: Mapping[str, Any] | None = None,
+        resumed: RolloutState | None = None,
     ) -> None:
         """Start them; returns before they are up.
 
@@ -34,6 +40,7 @@ class Rollouts:
             model_dir: the policy's files.
             max_model_len: tokens that fit into the engine's context.
             placement: Ray's options for the EnvRunners, such as the node that their environments are on.
+            resumed: where an interrupted run stood.
         """
         rollout = config.rollout
         limits = EpisodeLimits.of(rollout, max_model_len)
@@ -53,6 +60,8 @@ class Rollouts:
             for _ in range(rollout.env_runners)
         ]
 
+        resumed = resumed or RolloutState()
+
         def start(state: SchedulerState) -> Any:
             temperature = config.validation.temperature
             return start_manager(
@@ -64,9 +73,10 @@ class Rollouts:
                 self._runners,
                 state=state,
                 policy=(DEPLOYMENT, app_name(config.name)),
+                whole=resumed.whole,
             )
 
-        self._manager = KeptManager(start)
+        self._manager = KeptManager(start, state=resumed.scheduler)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Block until every runner has made its environments once.
@@ -109,6 +119,10 @@ class Rollouts:
             return taken
         except GetTimeoutError as error:
             raise TimeoutError(f"the RolloutManager did not answer within {wait_s + ANSWER_TIMEOUT_S} s") from error
+
+    def snapshot(self) -> RolloutState:
+        """Where the rollouts stand, after the step that was collected last. Raises RolloutStopped as `collect` does."""
+        return self._manager.snapshot()
 
     def set_version(self, version: int) -> None:
         """Tell the manager which version the engines serve."""

@@ -15,26 +15,48 @@ from raygym.actors.trainer import Trainer
 from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.metrics import validation_metrics
+from raygym.resume import FinishedError, ResumePoint, only_writer, resume_point
 from raygym.run_files import RunFiles
 from raygym.tasks import validation_tasks
 
 
-def train(config: RunConfig, model_dir: str) -> None:
-    """Train a policy; leaves `runs/<name>/`."""
+def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_config_change: bool = False) -> None:
+    """Train a policy; leaves `runs/<name>/`, or goes on in it.
+
+    Args:
+        config: the run's.
+        model_dir: the policy's files.
+        fresh: an earlier run of this name is moved aside, also where it could go on.
+        allow_config_change: it goes on also where the config has changed.
+    """
     config, port = prepared(config, model_dir)
     console = RunConsole(config.steps)
+    with only_writer(config.run_dir):
+        try:
+            found = None if fresh else resume_point(config, allow_change=allow_config_change, told=console.line)
+        except FinishedError as finished:
+            console.line(f"raygym: {finished}")
+            return
+        _train(config, model_dir, port, console, found)
+
+
+def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, resumed: ResumePoint | None) -> None:
     started = time.monotonic()
-    files = RunFiles(config)
+    files = RunFiles(config, resumed)
     console.line(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
     if files.moved_to is not None:
-        console.line(f"an earlier run of this name was moved to {files.moved_to}")
-    session = Session(config, model_dir, port)
+        console.line(f"an earlier run of this name is not gone on with and was moved to {files.moved_to}")
+    if resumed is not None:
+        console.line(f"resuming {files.path} at step {resumed.step} (checkpoint {resumed.checkpoint.path.name})")
+    if files.discarded is not None:
+        console.line(f"what it had done after that was moved to {files.discarded}")
+    session = Session(config, model_dir, port, resumed=resumed.rollouts if resumed else None)
     try:
         with console.phase("starting engines, learners and environments"):
             session.__enter__()
         ready_s = time.monotonic() - started
         console.line(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
-        summary = Trainer(config, session, files, console).run()
+        summary = Trainer(config, session, files, console, resumed).run()
     finally:
         try:
             with console.phase("stopping"):

@@ -14,13 +14,21 @@ from raygym.actors.process import freeze_past
 from raygym.actors.rollouts import Rollouts
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import RunConfig
+from raygym.rollout_state import RolloutState
 
 
 class Session:
     """A context manager: inside it, everything serves; after it, nothing of it is left, whatever happened."""
 
     def __init__(
-        self, config: RunConfig, model_dir: str, port: int, *, learning: bool = True, rolling_out: bool = True
+        self,
+        config: RunConfig,
+        model_dir: str,
+        port: int,
+        *,
+        learning: bool = True,
+        rolling_out: bool = True,
+        resumed: RolloutState | None = None,
     ) -> None:
         """Nothing is started yet.
 
@@ -30,11 +38,13 @@ class Session:
             port: where the OpenAI API listens.
             learning: with learners and the weight group.
             rolling_out: with EnvRunners and the RolloutManager.
+            resumed: where the rollouts of an interrupted run stood.
         """
         self._config = config
         self._model_dir = model_dir
         self._learning = learning
         self._rolling_out = rolling_out
+        self._resumed = resumed
         self.port = port
         self._deployed = False
         self._learners: LearnerGroup | None = None
@@ -93,7 +103,7 @@ class Session:
             placement = self._nemo_gym.placement
             # Without learners nothing is played for a step to come.
             playing = self._nemo_gym.config.model_copy(update={} if self._learning else {"steps": 0})
-            self._rollouts = Rollouts(playing, self._model_dir, max_model_len, placement)
+            self._rollouts = Rollouts(playing, self._model_dir, max_model_len, placement, self._resumed)
             self._rollouts.wait_ready(config.policy.startup_timeout_s)
             self._nemo_gym.wait_ready()
         engines = _wait_deployed(deploying, config.policy.startup_timeout_s)

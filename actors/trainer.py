@@ -16,8 +16,9 @@ from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.histogram import Histogram
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
-from raygym.run_files import RunFiles
-from raygym.schedule import Collected
+from raygym.resume import ResumePoint, checkpoint_store, save_run_state
+from raygym.run_files import HeldRow, RunFiles
+from raygym.run_row import Row
 from raygym.types import Group, TrainSequence
 from raygym.validation import ValidationStream
 
@@ -27,13 +28,22 @@ _DOING = {
     "learn": "learning",
     "validate_wait": "waiting for the validation",
     "sync": "sending the weights",
+    "checkpoint": "saving a checkpoint",
 }
 
 
 class Trainer:
     """One run on a started session."""
 
-    def __init__(self, config: RunConfig, session: Session, files: RunFiles, console: RunConsole) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        session: Session,
+        files: RunFiles,
+        console: RunConsole,
+        resumed: ResumePoint | None = None,
+    ) -> None:
+        """Nothing is done yet. `resumed`: where the run goes on; `session` was started with its rollouts."""
         self._config = config
         self._session = session
         self._files = files
@@ -42,25 +52,24 @@ class Trainer:
         self._more: dict[str, str | Histogram] = {}
         self._alarms = AlarmWatch(config, files, console)
         self._doing = ""
+        self._resumed = resumed
+        self._checkpoints = checkpoint_store(config)
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
 
     def run(self) -> dict[str, Any]:
         """Train for `steps` steps. Returns what summary.json holds."""
-        session, version = self._session, 0
-        self._console.start_clock()
-        if self._validation.due(0):
-            self._validation.start(0, self._files.hold(0, {}))
-        for step in range(self._config.steps):
+        session, version = self._session, self._begin()
+        for step in range(version, self._config.steps):
             with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
                     collected = session.rollouts.collect(step, self._console.progress)
                 sequences = self._train_sequences(collected.groups)
                 self._metrics |= rollout_metrics(collected, version) | batch_metrics(collected.groups, sequences)
-                self._require_finite(step + 1, version, collected)
+                self._alarms.require_finite(step + 1, self._metrics, collected)
                 self._more["advantage/histogram"] = advantage_histogram(sequences)
                 with self._timed("learn"):
                     self._metrics |= learn_metrics(session.learners.update(sequences))
-                self._require_finite(step + 1, version, collected)
+                self._alarms.require_finite(step + 1, self._metrics, collected)
                 with self._timed("validate_wait"):  # it is played by the weights that go now
                     self._validation.wait()
                 with self._timed("sync"):
@@ -72,10 +81,31 @@ class Trainer:
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
                 self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
-            self._log(step + 1)
+            row = self._log(step + 1)
+            if self._checkpoint_due(step + 1) or self._alarms.stop is not None:
+                self._save(step + 1, row)
             if self._alarms.stop is not None:
                 self._end(version, self._alarms.stop)
         return self._finish(version)
+
+    def _begin(self) -> int:
+        """Make everything ready for the next step; returns how many were made."""
+        if self._resumed is None:
+            self._console.start_clock()
+            if self._validation.due(0):
+                self._validate(0, self._write(0, {}))
+            return 0
+        step, row = self._resumed.step, self._resumed.row
+        with self._console.phase("loading the learners' state"):
+            self._session.learners.load_state(str(self._resumed.checkpoint.state.resolve()))
+            self._checksum = self._session.weights.publish(step).checksum
+        self._session.rollouts.set_version(step)
+        self._validation.rewards.update(self._files.validation_rewards)
+        self._alarms.replay(self._files.scalars)
+        self._console.resume(step)
+        if not self._files.has_row(step):
+            self._validate(step, self._write(step, row))
+        return step
 
     def _train_sequences(self, groups: Sequence[Group]) -> list[TrainSequence]:
         reference = None
@@ -83,58 +113,75 @@ class Trainer:
             reference = self._session.learners.reference_logprobs(without_advantages(groups))
         return train_sequences(groups, self._config.learner, reference)
 
-    def _require_finite(self, step: int, version: int, collected: Collected) -> None:
-        try:
-            self._alarms.require_finite(step, self._metrics, collected)
-        except AlarmStop as stop:
-            if self._metrics.get("learn/updates"):  # what the learners hold is no version any more
-                raise
-            self._end(version, stop)
-
     def _end(self, version: int, stop: AlarmStop) -> NoReturn:
-        """End the run by an alarm: the policy is saved, and the validation that plays it waited for."""
+        """End the run by an alarm, its last step saved."""
         try:
             self._finish(version)
         except Exception as error:  # the alarm is what has to be told
-            self._console.line(f"after the alarm, the policy could not be saved or validated: {error}")
+            self._console.line(f"after the alarm, the policy could not be validated: {error}")
         raise stop
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int) -> Row:
+        """Tell of a step that is done; returns its row as far as it is known."""
         metrics, self._metrics = self._metrics, {}
         more, self._more = self._more, {}
-        row = {**metrics, **more}
+        row: Row = {**metrics, **more}
+        held = self._write(step, row)  # before it is shown: what is shown is on disk, or held
+        self._console.step(step, metrics)
+        self._validate(step, held)
+        return row
+
+    def _write(self, step: int, row: Row) -> HeldRow | None:
+        """Write a step's row, or hold it back for the validation that belongs into it."""
         if self._validation.due(step):
-            held = self._files.hold(step, row)
-            self._console.step(step, metrics)
+            return self._files.hold(step, row)
+        self._files.metrics(step, row)
+        return None
+
+    def _validate(self, step: int, held: HeldRow | None) -> None:
+        if held is not None:
             self._validation.start(step, held)
-        else:  # what is shown is on disk
-            self._files.metrics(step, row)
-            self._console.step(step, metrics)
 
     def _finish(self, version: int) -> dict[str, Any]:
         self._doing = "finishing"
-        saved = self._save(version)
         with self._console.live("waiting for the last validation"):
             self._validation.wait()
+        self._checkpoints.retain(self._files.scores)
         summary: dict[str, Any] = {
             "name": self._config.name,
             "steps": self._config.steps,
             "policy_version": version,
-            "validation_reward": {str(step): reward for step, reward in self._validation.rewards.items()},
+            "validation_reward": {str(step): reward for step, reward in sorted(self._validation.rewards.items())},
         }
         if version:
             summary["weights_checksum"] = self._checksum
-        return summary | saved
+        if self._resumed is not None:
+            summary["resumed_at"] = self._resumed.step
+        if version in self._checkpoints.steps():
+            summary["checkpoint"] = str(self._checkpoints.path_of(version))
+        return summary
 
-    def _save(self, version: int) -> dict[str, Any]:
-        """The final policy, which the last validation is playing meanwhile."""
-        if not version or not self._config.checkpoint.save_final:
-            return {}
-        path = self._files.path / "checkpoints" / f"step_{version:06d}"
-        with self._console.phase(f"saving the policy to {path}"):
-            self._session.learners.save_hf(str(path.resolve()))
-        (path.parent / "latest").write_text(path.name + "\n", encoding="utf-8")
-        return {"checkpoint": str(path)}
+    def _checkpoint_due(self, step: int) -> bool:
+        options = self._config.checkpoint
+        regular = options.every > 0 and step % options.every == 0
+        return regular or (options.save_final and step == self._config.steps)
+
+    def _save(self, step: int, row: Row) -> None:
+        """Make the checkpoint of a step, which a validation of its policy may be playing meanwhile.
+
+        The ledger has the step by now. So a kill before the end of this leaves lines of steps that will be made again,
+        which the next start cuts off; a kill after it leaves nothing to be made again.
+        """
+        session, path = self._session, self._checkpoints.path_of(step)
+        with self._timed("checkpoint"), self._console.phase(f"saving {path}"):
+            rollouts = session.rollouts.snapshot()
+            self._files.sync()
+            with self._checkpoints.writing(step, self._config.model_dump(mode="json")) as partial:
+                state = partial / "training_state"
+                session.learners.save_hf(str(partial.resolve()))
+                session.learners.save_state(str(state.resolve()))
+                save_run_state(state, rollouts, row, self._validation.due(step))
+            self._checkpoints.retain(self._files.scores)
 
     def _validating(self, progress: str) -> None:
         if self._doing != _DOING["generate"]:  # what is told of collecting covers the validation

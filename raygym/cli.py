@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "rollout":
             return _rollout(options)
+        if options.command == "train":
+            return _train(options)
         config = load_config(options.config, options.overrides)
         if options.command == "config":
             return _check(config, options)
@@ -64,7 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         ("eval", "validate a policy on the held-out tasks and print the result as JSON"),
         ("serve", "serve a policy over an OpenAI-compatible HTTP API until interrupted"),
     ):
-        _with_config(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."), name)
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        _with_config(command, name)
+        if name == "train":
+            command.description = "Train a policy and write runs/<name>/; goes on from its last checkpoint."
+            command.add_argument("--fresh", action="store_true", help="move an earlier run aside instead of going on")
+            command.add_argument(
+                "--allow-config-change", action="store_true", help="go on also where the config has changed"
+            )
     _add_rollout(commands)
     config = commands.add_parser("config", help="check a run config", description="Work with run configs.")
     check = config.add_subparsers(dest="config_command", required=True, metavar="COMMAND").add_parser(
@@ -122,6 +131,14 @@ def _rollout(options: argparse.Namespace) -> int:
     return _run("rollout", config, play)
 
 
+def _train(options: argparse.Namespace) -> int:
+    def train(config: RunConfig, model_dir: str) -> None:
+        runs = importlib.import_module("raygym.actors.runs")
+        runs.train(config, model_dir, fresh=options.fresh, allow_config_change=options.allow_config_change)
+
+    return _run("train", load_config(options.config, options.overrides), train)
+
+
 def _check(config: RunConfig, options: argparse.Namespace) -> int:
     text, problems = importlib.import_module("raygym.config_check").check(config, options)
     print(text, end="")
@@ -157,7 +174,7 @@ def _run(command: str, config: RunConfig, act: Callable[[RunConfig, str], None] 
     prepared = importlib.import_module("raygym.preflight").check_inputs(config)
     runs = importlib.import_module("raygym.actors.runs")
     try:
-        act = act or {"train": runs.train, "eval": runs.evaluate, "serve": runs.serve}[command]
+        act = act or {"eval": runs.evaluate, "serve": runs.serve}[command]
         act(config, prepared.model_dir)
     except ConfigError:
         raise

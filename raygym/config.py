@@ -217,10 +217,18 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is saved of the policy."""
+    """When the run is saved, so that it can go on from there, and what is kept."""
 
+    every: NonNegativeInt = 20
+    """Steps between checkpoints. 0: only at the end."""
     save_final: bool = True
-    """Write the final policy as a Hugging Face directory under `checkpoints/`."""
+    """Also at the end, whatever `every` is."""
+    keep_last: PositiveInt = 2
+    """So many of the newest stay."""
+    keep_best: NonNegativeInt = 1
+    """So many of the best stay, too."""
+    best_metric: str = "val/reward"
+    """A key of metrics.jsonl, the higher the better. Only checkpoints of steps that have it can be the best."""
 
 
 class LoggingConfig(Section):

@@ -28,7 +28,13 @@ class RunConsole(LiveConsole):
         self._steps = steps
         self._rewards: list[float] = []
         self._rows = 0
+        self._resumed_at = 0
         self._columns = [("step", max(5, 2 * len(str(steps)) + 1)), *_COLUMNS]
+
+    def resume(self, step: int) -> None:
+        """The next row is of the step after `step`, and time counts from here."""
+        self._resumed_at = step
+        self.start_clock()
 
     def progress(self, text: str) -> None:
         """Update the live line, in a terminal only; from any thread."""
@@ -70,7 +76,8 @@ class RunConsole(LiveConsole):
         self.line(f"validation after step {step}: reward {reward}{failed}  {metrics['time/validate_s']:.1f}s")
 
     def _eta(self, step: int) -> float:
-        return (time.monotonic() - self._started) / max(1, step) * (self._steps - step)
+        done = max(1, step - self._resumed_at)
+        return (time.monotonic() - self._started) / done * (self._steps - step)
 
 
 def sparkline(values: list[float]) -> str:

@@ -94,6 +94,7 @@ async def run_episode(
     sampling: Sampling,
     run_seed: int,
     place: AbstractAsyncContextManager[None] | None = None,
+    first_attempt: int = 0,
 ) -> Trajectory:
     """Play `task` on the host's environment, which is closed at the end whatever happens.
 
@@ -114,6 +115,8 @@ async def run_episode(
         run_seed: enters those seeds.
         place: held from the first prompt to the last reply. The environment is made and reset before it is taken, and
             closed after it is left, so that the engine waits for neither; the episode's deadline begins with it.
+        first_attempt: the number of the first try, above 0 where RolloutManagers were lost. Seeds count from it, so
+            that what has to be played again is sampled as it was.
 
     Raises:
         asyncio.CancelledError: the caller gave up; the environment has been closed.
@@ -123,7 +126,7 @@ async def run_episode(
     status, failure = EpisodeStatus.FAILED, None
     try:
         policy = _Policy(generate, sampling, f"{group_id}-{episode}-{attempt}", limits)
-        seeds = [turn_seed(run_seed, task, episode, attempt, turn) for turn in range(limits.max_turns)]
+        seeds = [turn_seed(run_seed, task, episode, attempt - first_attempt, turn) for turn in range(limits.max_turns)]
         prompt = await _begin(record, host, renderer_for, task, limits)
         async with place or nullcontext():
             status = await _play(record, host, prompt, policy, limits, seeds)

@@ -43,6 +43,7 @@ class EpisodeRequest:
     attempt: int
     sampling: Sampling
     places: int | None
+    first_attempt: int = 0
 
 
 Finished = list[tuple[int, bytes]]
@@ -158,10 +159,14 @@ class EpisodeServer:
 class EpisodeClient:
     """The RolloutManager's side, of one runner. Used from one event loop."""
 
-    def __init__(self, exchange: Exchange, generation: int = 0) -> None:
-        """Ask by `exchange`; whatever it raises means that the runner is lost. For `generation` see `Client`."""
+    def __init__(self, exchange: Exchange, generation: int = 0, first_attempt: int = 0) -> None:
+        """Ask by `exchange`; whatever it raises means that the runner is lost. For `generation` see `Client`.
+
+        `first_attempt` is the number of the first attempt at each episode, see `run_episode` in `raygym.episode`.
+        """
         self._exchange = exchange
         self._client = Client(generation)
+        self._first_attempt = first_attempt
         self._numbers = 0
         self._futures: dict[int, asyncio.Future[Outcome]] = {}
         self._unsent: dict[int, EpisodeRequest] = {}
@@ -187,7 +192,9 @@ class EpisodeClient:
         number = self._numbers
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._futures[number] = future
-        self._unsent[number] = EpisodeRequest(number, task, group_id, episode, attempt, sampling, places)
+        self._unsent[number] = EpisodeRequest(
+            number, task, group_id, episode, attempt, sampling, places, self._first_attempt
+        )
         self._flush()
         try:
             return await future

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -43,4 +43,9 @@ class Histogram:
 
     def to_json(self) -> dict[str, Any]:
         """As metrics.jsonl has it."""
-        return {"edges": list(self.edges), "counts": list(self.counts)}
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Histogram:
+        """The histogram that `to_json` gave, also after a way through JSON text."""
+        return cls(**{**data, "edges": tuple(data["edges"]), "counts": tuple(data["counts"])})

@@ -16,6 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from raygym.config import ConfigError, RunConfig
+from raygym.config_change import flat
 from raygym.config_file import dump_config
 from raygym.rollout_summary import RolloutSummary
 from raygym.run_files import move_aside, trajectory_record
@@ -168,8 +169,8 @@ class RolloutStore:
             config_path.write_text(dump_config(config), encoding="utf-8")
             _replace(request_path, asdict(request))
             return
-        before = _flat(yaml.safe_load(config_path.read_text(encoding="utf-8")))
-        now = _flat(yaml.safe_load(dump_config(config)))
+        before = flat(yaml.safe_load(config_path.read_text(encoding="utf-8")))
+        now = flat(yaml.safe_load(dump_config(config)))
         before |= {f"--{key}": value for key, value in json.loads(request_path.read_text(encoding="utf-8")).items()}
         now |= {f"--{key}": value for key, value in asdict(request).items()}
         keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
@@ -245,14 +246,6 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             except ValueError as error:
                 raise ConfigError(f"{path}: line {number} is not JSON: the file was changed; {_FRESH}") from error
             yield record, end
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists by dotted key."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not isinstance(value, dict | list) or not value:
-        return {prefix: value}
-    return {key: leaf for name, part in items for key, leaf in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def _replace(path: Path, value: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import threading
 import time
@@ -12,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from raygym.alarms import Alarm
+from raygym.checkpoint import CheckpointStore
 from raygym.config import RunConfig
 from raygym.config_file import dump_config
+from raygym.durable import sync_file
 from raygym.histogram import Histogram
+from raygym.resume import ResumePoint, checkpoint_store
+from raygym.run_cut import cut_lines, discard_folder, move_into
+from raygym.run_row import Row, json_row, parsed_row
 from raygym.schedule import Collected
 from raygym.types import Trajectory
 from raygym.whole_file import write_whole
-
-Row = Mapping[str, float | str | Histogram]
-"""What is known of one step, by the names that people see."""
 
 
 class HeldRow:
@@ -43,26 +44,99 @@ class HeldRow:
 class RunFiles:
     """The writer of one run's directory. Every line is flushed: a killed run loses nothing that was reported."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Create the directory. An earlier run of the same name is moved aside, never overwritten."""
+    def __init__(self, config: RunConfig, resumed: ResumePoint | None = None) -> None:
+        """Create the directory, or go on in it.
+
+        Args:
+            config: the run's.
+            resumed: where the run goes on; what it had done after that is cut off and kept in `discarded/`. Without it,
+                an earlier run of the same name is moved aside, never overwritten.
+        """
         self.path = config.run_dir
-        self.moved_to = move_aside(self.path)
-        (self.path / "trajectories").mkdir(parents=True)
-        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        self.moved_to: Path | None = None
+        """Where the earlier run is now."""
+        self.discarded: Path | None = None
+        """Where that is which was cut off."""
+        self.scores: dict[int, float] = {}
+        """By step, `checkpoint.best_metric` of each row that has it."""
+        self._best_metric = config.checkpoint.best_metric
+        self._rows: dict[int, Row] = {}
+        if resumed is None:
+            self.moved_to = move_aside(self.path)
+        else:
+            self._cut(resumed, checkpoint_store(config))
+        (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / "config.yaml", dump_config(config))
         self._keep_trajectories = config.logging.trajectories
         self._tensorboard = _tensorboard(self.path) if config.logging.tensorboard else None
         self._held: HeldRow | None = None
+        for step, row in self._rows.items():
+            self._show(step, row)
+
+    @property
+    def scalars(self) -> list[dict[str, float]]:
+        """The numbers of the rows of the steps before the resume, in order."""
+        rows = [self._rows[step] for step in sorted(self._rows)]
+        return [{name: float(value) for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+
+    @property
+    def validation_rewards(self) -> dict[int, float]:
+        """By step, of the rows that were there when the run was resumed."""
+        found = {step: row.get("val/reward") for step, row in self._rows.items()}
+        return {step: float(reward) for step, reward in found.items() if isinstance(reward, int | float)}
+
+    def has_row(self, step: int) -> bool:
+        """Whether this step's row was there when the run was resumed, with its validation if it was to have one."""
+        return step in self._rows
 
     def metrics(self, step: int, row: Row) -> None:
         """Append what is known of one step to metrics.jsonl and TensorBoard."""
-        self._append("metrics.jsonl", {"step": step, **{name: _as_json(value) for name, value in row.items()}})
+        self._append("metrics.jsonl", {"step": step, **json_row(row)})
+        self._show(step, row)
+
+    def _show(self, step: int, row: Row) -> None:
+        if isinstance(score := row.get(self._best_metric), int | float):
+            self.scores[step] = float(score)
         if self._tensorboard is not None:
             for name, value in row.items():
                 if isinstance(value, Histogram):
                     _add_histogram(self._tensorboard, name, value, step)
-                elif not isinstance(value, str):
+                elif value is not None and not isinstance(value, str):
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+
+    def sync(self) -> None:
+        """What was written of the steps is on the disk: a checkpoint may be made that takes it for granted."""
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            if (self.path / name).exists():
+                sync_file(self.path / name)
+
+    def _cut(self, resumed: ResumePoint, checkpoints: CheckpointStore) -> None:
+        """Leave what the checkpoint knows of. Whatever is killed in here is done again by the next start."""
+        step, discarded = resumed.step, discard_folder(self.path, resumed.step)
+
+        def known(row: dict[str, Any]) -> bool:
+            return bool(row["step"] <= step)
+
+        def whole(row: dict[str, Any]) -> bool:
+            # A run that was stopped while it validated has written the row without the validation.
+            return known(row) and (row["step"] < step or not resumed.validated or "val/failed" in row)
+
+        kept = cut_lines(self.path / "metrics.jsonl", whole, discarded)
+        self._rows = {row.pop("step"): parsed_row(row) for row in kept}
+        cut_lines(self.path / "ledger.jsonl", known, discarded)
+        for path in sorted((self.path / "trajectories").glob("*.jsonl")):
+            kind, _, number = path.stem.rpartition("_")
+            of_step = int(number) if number.isdigit() else -1
+            again = kind == "validation" and of_step == step and step not in self._rows
+            if of_step > step or again:
+                move_into(path, discarded / "trajectories")
+        checkpoints.move_newer(step, discarded / "checkpoints")
+        # It shows metrics.jsonl, and is written anew from it.
+        move_into(self.path / "tensorboard", discarded)
+        move_into(self.path / "summary.json", discarded)
+        write_whole(self.path / "scheduler.json", json.dumps(resumed.rollouts.scheduler.to_json()) + "\n")
+        self.discarded = discarded if discarded.exists() else None
 
     def hold(self, step: int, row: Row) -> HeldRow:
         """Keep a step's row back until the rest of it is known, or the files are closed. Rows keep their order: the
@@ -114,7 +188,7 @@ class RunFiles:
             "alarm": alarm.name,
             "action": alarm.action,
             "reason": alarm.reason,
-            "metrics": {name: _as_json(value) for name, value in metrics.items()},
+            "metrics": json_row(metrics),
         }
         write_whole(folder / "alarm.json", json.dumps(found, indent=2) + "\n")
         return folder
@@ -183,13 +257,6 @@ def move_aside(path: Path) -> Path | None:
         target = path.with_name(f"{path.name}.{stamp}-{suffix}")
     path.rename(target)
     return target
-
-
-def _as_json(value: float | str | Histogram) -> Any:
-    if isinstance(value, Histogram):
-        return value.to_json()
-    # JSON has no NaN and no infinity; most readers refuse what Python would write for them.
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _add_histogram(tensorboard: Any, name: str, histogram: Histogram, step: int) -> None:

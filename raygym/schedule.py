@@ -90,6 +90,7 @@ class Scheduler:
         options: SchedulerOptions,
         clock: Callable[[], float] = lambda: 0.0,
         state: SchedulerState | None = None,
+        whole: Iterable[Group] = (),
     ) -> None:
         """Nothing runs yet.
 
@@ -99,6 +100,8 @@ class Scheduler:
             clock: seconds, for `group_deadline_s`.
             state: where an earlier scheduler of the run stood, as its `successor`; the cursor stands there. Groups
                 that it owes are played again as the same groups; attempts have higher numbers than any of its own.
+            whole: groups that it owes and that need not be played again, in the order in which they became whole. Those
+                that it does not owe, or that are too stale or of other options by now, are left aside.
         """
         self._cursor = cursor
         self._options = options
@@ -141,7 +144,7 @@ class Scheduler:
         """So many more are handed out, for whoever runs them to have the next one at hand."""
         self.first_attempt = state.restarts * (1 + max(options.max_retries, *options.retries.values(), 0))
         """Number of the first attempt at each episode; that of an earlier scheduler's last one is lower."""
-        self._restore(state)
+        self._restore(state, {group.task.index: group for group in whole})
 
     @property
     def running(self) -> int:
@@ -174,6 +177,10 @@ class Scheduler:
             uniform_in_a_row=self._uniform_in_a_row,
             restarts=self._restarts,
         )
+
+    def whole_groups(self) -> tuple[Group, ...]:
+        """What is whole and not collected yet, in the order in which it became so. `state` counts it as owed."""
+        return tuple(self._train[group_id].close() for group_id in self._whole)
 
     def set_version(self, version: int) -> None:
         """The engines now serve `version`: groups of steps up to `version + max_staleness` may start."""
@@ -339,15 +346,32 @@ class Scheduler:
             while free > 0 and self._delivered + len(self._train) < ahead + extra:
                 free -= self._open(self._cursor.next(), -1, self._version)
 
-    def _restore(self, state: SchedulerState) -> None:
+    def _restore(self, state: SchedulerState, whole: Mapping[int, Group]) -> None:
         events = self._events["train"]
         for index, cause in state.dropped:
             task = self._cursor.task(index)
             events.dropped.append(Dropped(task, f"{task.split}-{index}", cause))
         events.failures.update({(env, kind): count for env, kind, count in state.failures})
         # The oldest step first: a group that replaced another was admitted later than its place tells.
-        for group in sorted(state.groups, key=lambda group: group.slot):
-            self._open(self._cursor.task(group.task), group.slot, group.admitted_at)
+        kept: dict[int, OpenGroup] = {}
+        for owed in sorted(state.groups, key=lambda group: group.slot):
+            task = self._cursor.task(owed.task)
+            if (found := whole.get(owed.task)) is not None and self._still_good(found, task, owed):
+                kept[owed.task] = OpenGroup(
+                    found.group_id, task, self._options.group_size, owed.admitted_at, owed.slot,
+                    finished={t.episode: t for t in found.trajectories},
+                )  # fmt: skip
+            else:
+                self._open(task, owed.slot, owed.admitted_at)
+        for group in (kept[index] for index in whole if index in kept):
+            self._train[group.group_id] = group
+            self._deliverable(group)
+
+    def _still_good(self, whole: Group, task: Task, owed: GroupState) -> bool:
+        # Not so after a change of the config: other tasks, other sizes of groups, less staleness.
+        trained_at = owed.slot // self._options.groups_per_step if owed.slot >= 0 else self._version
+        fresh = trained_at - owed.admitted_at <= self._options.max_staleness
+        return fresh and whole.task == task and len(whole.trajectories) == self._options.group_size
 
     def _open(self, task: Task, slot: int, admitted_at: int, *, first: bool = False) -> int:
         """Returns how many episodes wait for a place now because of it."""
@@ -371,10 +395,8 @@ class Scheduler:
         rewards = {trajectory.reward for trajectory in group.finished.values()}
         if not self._options.dynamic_sampling or len(rewards) > 1:
             self._uniform_in_a_row = 0
-            self._whole[group.group_id] = None
             self._unfinished[group.admitted_at] -= 1
-            if group.slot >= 0:
-                self._whole_of_step[group.slot // self._options.groups_per_step] += 1
+            self._deliverable(group)
             return
         self._uniform_in_a_row += 1
         if self._uniform_in_a_row > self._options.max_uniform_groups:
@@ -384,6 +406,11 @@ class Scheduler:
                 "tasks, a higher temperature, or switch rollout.dynamic_sampling off"
             )
         self._replace(group, f"no_spread: all {self._options.group_size} rewards were {rewards.pop():g}")
+
+    def _deliverable(self, group: OpenGroup) -> None:
+        self._whole[group.group_id] = None
+        if group.slot >= 0:
+            self._whole_of_step[group.slot // self._options.groups_per_step] += 1
 
     def _give_up(self, group: OpenGroup, cause: str) -> None:
         self._replaced_in_a_row[group.task.split] += 1

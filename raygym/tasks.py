@@ -70,7 +70,10 @@ def validation_tasks(envs: Sequence[tuple[str, float]], n: int, seed: int = VALI
 
 
 def turn_seed(run_seed: int, task: Task, episode: int, attempt: int, turn: int) -> int:
-    """The sampling seed of one turn, 31 bits: a run repeats exactly, and no two turns share their randomness."""
+    """The sampling seed of one turn, 31 bits: a run repeats exactly, and no two turns share their randomness.
+
+    `attempt` counts from 0, whatever was lost before: it is no seed of its own how often a run was interrupted.
+    """
     return _hash("turn", run_seed, task.env, task.split, task.seed, episode, attempt, turn)
 
 

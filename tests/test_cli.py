@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +42,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in output.err
     for word in words:
         assert word in output.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"], ["--allow-config-change", "steps=2"]])
+def test_train_says_how_to_treat_an_earlier_run(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, bool]] = []
+    runs = SimpleNamespace(train=lambda config, model_dir, **options: seen.append(options))
+    monkeypatch.setitem(sys.modules, "raygym.actors.runs", runs)  # type: ignore[arg-type]
+    assert main(["train", TINY, *flags]) == 0
+    assert seen == [{"fresh": "--fresh" in flags, "allow_config_change": "--allow-config-change" in flags}]
 
 
 def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:

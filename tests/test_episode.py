@@ -107,6 +107,8 @@ async def episode(
     env: gymnasium.Env[Any, Any] | Callable[[], gymnasium.Env[Any, Any]],
     generate: Generate | None = None,
     sampling: Sampling = WARM,
+    attempt: int = 0,
+    first_attempt: int = 0,
     **limits: Any,
 ) -> Trajectory:
     defaults = {
@@ -122,7 +124,8 @@ async def episode(
         TASK,
         group_id="g",
         episode=1,
-        attempt=0,
+        attempt=attempt,
+        first_attempt=first_attempt,
         renderer_for=lambda tools: renderer,
         generate=generate or Scripted(),
         limits=EpisodeLimits(**{**defaults, **limits}),
@@ -210,6 +213,16 @@ class TestWholeEpisodes:
         assert len(set(seeds)) == 2 and seeds == [sampling.seed for _, sampling, _ in again.asked]
         assert {(sampling.temperature, sampling.max_tokens) for _, sampling, _ in first.asked} == {(0.7, 8)}
         assert len({session for _, _, session in first.asked}) == 1
+
+    async def test_seeds_do_not_tell_how_many_managers_were_lost(self, renderer):
+        asked = {}
+        for attempt, first_attempt in [(0, 0), (4, 4), (5, 4), (1, 0)]:
+            policy = Scripted()
+            await episode(renderer, Talk(), policy, attempt=attempt, first_attempt=first_attempt)
+            asked[attempt] = [sampling.seed for _, sampling, _ in policy.asked]
+            assert {session for _, _, session in policy.asked} == {f"g-1-{attempt}"}, "an attempt is still its own"
+        assert asked[0] == asked[4] and asked[1] == asked[5]
+        assert not set(asked[0]) & set(asked[1])
 
     async def test_given_seed_is_kept(self, renderer):
         policy = Scripted()

@@ -84,6 +84,19 @@ async def test_what_ends_and_what_begins_in_its_place_share_a_call() -> None:
     assert client.playing == 0 and runner.playing == {}
 
 
+async def test_a_runner_hears_from_which_attempt_seeds_are_counted() -> None:
+    runner = Runner()
+    heard: list[tuple[int, int]] = []
+
+    async def run(asked: EpisodeRequest) -> Trajectory:
+        heard.append((asked.attempt, asked.first_attempt))
+        return played(Assignment(asked.group_id, asked.task, asked.episode, asked.attempt))
+
+    runner.server = EpisodeServer(run)
+    await EpisodeClient(runner.exchange, 2, 8).play(Task(0, "a", 3), "g", 0, 9, Sampling(), 8)
+    assert heard == [(9, 8)]
+
+
 async def test_failures_keep_their_kind_and_one_that_cannot_be_sent_hurts_no_other() -> None:
     runner = Runner()
     client = runner.client()

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError
 
 from raygym.actors import kept_manager
 from raygym.actors.kept_manager import KeptManager
+from raygym.rollout_state import RolloutState
 from raygym.schedule import Collected, RolloutStopped, SchedulerState
 from raygym.types import Task
 
@@ -65,12 +66,12 @@ def managers(monkeypatch: pytest.MonkeyPatch) -> list[Manager]:
     return []
 
 
-def kept(managers: list[Manager]) -> KeptManager:
+def kept(managers: list[Manager], resumed: SchedulerState | None = None) -> KeptManager:
     def start(state: SchedulerState) -> Manager:
         managers.append(Manager(len(managers) + 1, state))
         return managers[-1]
 
-    return KeptManager(start)
+    return KeptManager(start, state=resumed)
 
 
 def lost() -> None:
@@ -106,6 +107,30 @@ def test_what_a_validation_says_of_the_training_is_not_kept(managers: list[Manag
     managers[0]._collected = lost  # type: ignore[assignment]
     assert rollouts.collect(1, quiet).state.cursor == 2
     assert managers[1].state.cursor == 1
+
+
+def test_a_snapshot_is_taken_of_the_successor_where_the_manager_is_lost(managers: list[Manager]) -> None:
+    rollouts = kept(managers)
+    rollouts.collect(0, quiet)
+    rollouts.set_version(1)
+    managers[0]._collected = lost  # type: ignore[assignment]
+    state = RolloutState(SchedulerState(cursor=5))
+    original = Manager._collected
+    try:
+        Manager._collected = lambda self: state  # type: ignore[method-assign, assignment, return-value]
+        assert rollouts.snapshot() is state
+    finally:
+        Manager._collected = original  # type: ignore[method-assign]
+    assert managers[1].state == SchedulerState(cursor=1, version=1, restarts=1)
+
+
+def test_a_resumed_run_begins_where_it_stood(managers: list[Manager]) -> None:
+    state = SchedulerState(cursor=7, version=3, delivered=6)
+    managers_started = kept(managers, state)
+    assert managers[0].state == state
+    managers[0].before_answer = lost
+    managers_started.collect(3, quiet)
+    assert managers[1].state == state.successor(3)
 
 
 def test_a_successor_is_given_what_is_left_of_the_deadline(

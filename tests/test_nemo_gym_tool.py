@@ -14,6 +14,7 @@ TOOL = Path(__file__).parent.parent / "tools" / "nemo_gym.py"
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.syspath_prepend(TOOL.parent)  # as for a script that is run
     spec = importlib.util.spec_from_file_location("nemo_gym_tool", TOOL)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -140,7 +140,14 @@ def test_a_histogram_and_what_is_not_finite_are_json_and_reach_tensorboard(confi
     row = json.loads((files.path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert row == {
         "step": 1,
-        "advantage/histogram": {"edges": [-0.5, 0.5], "counts": [1, 2, 1]},
+        "advantage/histogram": {
+            "edges": [-0.5, 0.5],
+            "counts": [1, 2, 1],
+            "low": -1,
+            "high": 3,
+            "total": 2.5,
+            "squares": 10.25,
+        },
         "loss": None,
         "grad/norm": None,
         "lr": 0.5,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from raygym.config import ConfigError, RolloutConfig
 from raygym.config_file import parse_config
+from raygym.rollout_state import RolloutState
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
 from raygym.tasks import TaskCursor, validation_tasks
-from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Sampling, Trajectory
+from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Group, Sampling, Trajectory
 
 ENVS = [("a", 1.0), ("b", 2.0)]
 
@@ -33,7 +34,9 @@ class Clock:
         return self.now
 
 
-def scheduler(clock: Clock | None = None, state: SchedulerState | None = None, **changes: Any) -> Scheduler:
+def scheduler(
+    clock: Clock | None = None, state: SchedulerState | None = None, whole: Iterable[Group] = (), **changes: Any
+) -> Scheduler:
     options: dict[str, Any] = {
         "groups_per_step": 2,
         "group_size": 2,
@@ -44,7 +47,7 @@ def scheduler(clock: Clock | None = None, state: SchedulerState | None = None, *
         "max_replaced_groups": 5,
     }
     cursor = TaskCursor(ENVS, seed=0, position=state.cursor if state else 0)
-    return Scheduler(cursor, SchedulerOptions(**(options | changes)), clock or Clock(), state)
+    return Scheduler(cursor, SchedulerOptions(**(options | changes)), clock or Clock(), state, whole)
 
 
 def played(assignment: Assignment, reward: float = 1.0) -> Trajectory:
@@ -85,6 +88,7 @@ LOST = EpisodeFailure(FailureKind.ENV_LOST, "gone")
     restart_rate=st.sampled_from([0.0, 0.02, 0.1]),
     validation_rate=st.sampled_from([0.0, 0.05, 1.0]),
     validation_size=st.integers(1, 8),
+    kill_rate=st.sampled_from([0.0, 0.0, 0.03]),
 )
 def test_any_interleaving_keeps_the_promises(
     seed: int,
@@ -101,11 +105,13 @@ def test_any_interleaving_keeps_the_promises(
     restart_rate: float,
     validation_rate: float,
     validation_size: int,
+    kill_rate: float,
 ) -> None:
     """Bounded staleness and concurrency, whole groups, each task trained once or dropped with its cause.
 
     Whatever happens to schedulers that are lost between two collections, as the driver of a run sees it, and whenever
-    a validation is played beside the training: each is answered, and neither starves the other.
+    a validation is played beside the training: each is answered, and neither starves the other. And whenever all
+    processes are killed and begin again from a checkpoint: what was whole then is not played again.
     """
     steps, rng, clock = 4, random.Random(seed), Clock()
     options: dict[str, Any] = dict(
@@ -128,11 +134,26 @@ def test_any_interleaving_keeps_the_promises(
     version, collected, started_at = 0, list[Collected](), dict[str, int]()
     attempts = dict[tuple[str, int], int]()
     held_out, validating, validated_last = validation_tasks(ENVS, validation_size), False, -1
+    checkpoint, kept = (RolloutState(), version, list(collected), dict(started_at)), set[str]()
     while version < steps or validating:
+        if rng.random() < 0.2:
+            now = RolloutState(schedule.state(), schedule.whole_groups())
+            began = {group.group_id: started_at[group.group_id] for group in now.whole}
+            checkpoint = now, version, list(collected), began
+        if rng.random() < kill_rate:
+            rollouts, version, collected, started_at = checkpoint[0], checkpoint[1], [*checkpoint[2]], {**checkpoint[3]}
+            rollouts = rollouts.resumed(version, groups_per_step, groups_per_step)
+            state, kept = rollouts.scheduler, {group.group_id for group in rollouts.whole}
+            schedule, running = scheduler(clock, state, rollouts.whole, **options), []
+            attempts.clear()
+            if validating:
+                schedule.add_validation(held_out, 30.0)
+            validated_last = version
         if rng.random() < restart_rate:
             state = SchedulerState.from_json(json.loads(json.dumps(state.successor(version).to_json())))
             schedule, running = scheduler(clock, state, **options), []
             started_at.clear()  # all of it is played again
+            kept.clear()
             if validating:  # and so is this
                 schedule.add_validation(held_out, 30.0)
                 validated_last = version  # at most one a version, as in a run
@@ -142,6 +163,7 @@ def test_any_interleaving_keeps_the_promises(
         started = schedule.start()
         assert_shared_fairly(running, started, max_concurrent)
         for assignment in started:
+            assert assignment.group_id not in kept, "it was whole, and is played again"
             started_at.setdefault(assignment.group_id, version)
             episode = (assignment.group_id, assignment.episode)
             assert assignment.attempt > attempts.get(episode, -1), "an earlier attempt could be taken for this one"

@@ -21,8 +21,9 @@ from raygym.alarms import AlarmStop
 from raygym.config import RunConfig
 from raygym.config_file import parse_config
 from raygym.console import RunConsole
+from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
-from raygym.schedule import Collected
+from raygym.schedule import Collected, SchedulerState
 from raygym.types import Task
 from raygym.weights import Published
 
@@ -71,9 +72,19 @@ class Everything:
     def set_version(self, version: int) -> None:
         assert version == self.version
 
+    def snapshot(self) -> RolloutState:
+        return RolloutState(SchedulerState(version=self.version, cursor=10 * self.version))
+
     def save_hf(self, path: str) -> None:
-        Path(path).mkdir(parents=True)
+        (Path(path) / "config.json").write_text("{}")
         self.begun[f"after {self.version}"].set()
+
+    def save_state(self, path: str) -> None:
+        Path(path).mkdir()
+        (Path(path) / "updates").write_text(str(self._updates))
+
+    def load_state(self, path: str) -> None:
+        self._updates = int((Path(path) / "updates").read_text())
 
 
 def trained(

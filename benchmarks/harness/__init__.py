@@ -17,8 +17,8 @@ import numpy as np
 
 def report(name: str, samples: Mapping[str, Sequence[float]], **details: Any) -> None:
     """Print one JSON line: the median of each metric's samples, and as `<metric>_spread` largest minus smallest."""
-    metrics = {key: round(median(values), 4) for key, values in samples.items()}
-    metrics |= {f"{key}_spread": round(max(values) - min(values), 4) for key, values in samples.items()}
+    metrics = {key: rounded(median(values)) for key, values in samples.items()}
+    metrics |= {f"{key}_spread": rounded(max(values) - min(values)) for key, values in samples.items()}
     result = {
         "name": name,
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
@@ -29,6 +29,11 @@ def report(name: str, samples: Mapping[str, Sequence[float]], **details: Any) ->
         **details,
     }
     print(json.dumps(result), flush=True)
+
+
+def rounded(value: float) -> float:
+    """To four decimals, but what is small to three digits, so that a difference of 1e-7 is not shown as none."""
+    return round(value, 4) if abs(value) >= 0.1 else float(f"{value:.3g}")
 
 
 def cpu_model() -> str:

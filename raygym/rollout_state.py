@@ -1,0 +1,103 @@
+"""Where a run's rollouts stand, with the groups that are whole and wait to be trained, as files that run no code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from raygym.open_group import SchedulerState
+from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
+
+_ARRAYS = ("token_ids", "loss_mask", "logprobs", "weight_versions")
+_PLAIN = ("group_id", "episode", "attempt", "reward", "messages", "drifted", "metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutState:
+    """Of one moment, between two collections."""
+
+    scheduler: SchedulerState = field(default_factory=SchedulerState)
+    """What is owed and what was not told yet; groups that are whole are owed, too."""
+    whole: tuple[Group, ...] = ()
+    """Those, in the order in which they became whole. Without one of them here, it is played again."""
+
+    def resumed(self, step: int, old_per_step: int, groups_per_step: int) -> RolloutState:
+        """For the first scheduler of a new process, which has to number its attempts as the first of all did.
+
+        Args:
+            step: steps that were collected.
+            old_per_step: groups of a step until now.
+            groups_per_step: from now on. Where it differs, owed groups move to the places of the steps to come.
+        """
+        state = replace(self.scheduler, restarts=0)
+        if old_per_step != groups_per_step:
+            delivered = step * groups_per_step
+            owed = sorted(state.groups, key=lambda group: group.slot)
+            groups = tuple(
+                group if group.slot < 0 else replace(group, slot=delivered + place) for place, group in enumerate(owed)
+            )
+            state = replace(state, groups=groups, delivered=delivered)
+            if state.slots_given:
+                state = replace(state, slots_given=delivered + len(groups))
+        return replace(self, scheduler=state)
+
+    def save(self, folder: Path) -> None:
+        """Write `rollouts.json` and, where there are whole groups, `groups.safetensors`."""
+        records: list[str] = []
+        trajectories: list[Trajectory] = []
+        for group in self.whole:
+            try:
+                records.append(json.dumps([_record(t) for t in group.trajectories], default=float))
+            except (TypeError, ValueError):
+                continue  # a message with an object of the environment's in it; the group is played again
+            trajectories += group.trajectories
+        data = {"scheduler": self.scheduler.to_json(), "whole": [json.loads(record) for record in records]}
+        (folder / "rollouts.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
+        if trajectories:
+            arrays = {name: np.concatenate([getattr(t, name) for t in trajectories]) for name in _ARRAYS}
+            save_file(arrays, folder / "groups.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> RolloutState:
+        """What `save` wrote."""
+        data = json.loads((folder / "rollouts.json").read_text(encoding="utf-8"))
+        arrays = load_file(folder / "groups.safetensors") if data["whole"] else {}
+        return cls(SchedulerState.from_json(data["scheduler"]), tuple(_groups(data["whole"], arrays)))
+
+
+def _record(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        **{name: getattr(trajectory, name) for name in _PLAIN},
+        "task": asdict(trajectory.task),
+        "status": trajectory.status.value,
+        "tokens": len(trajectory.token_ids),
+        "turns": [asdict(turn) for turn in trajectory.turns],
+        "sampling": asdict(trajectory.sampling),
+    }
+
+
+def _groups(whole: list[list[dict[str, Any]]], arrays: dict[str, Any]) -> Iterator[Group]:
+    start = 0
+    for records in whole:
+        trajectories = []
+        for record in records:
+            end = start + record["tokens"]
+            trajectories.append(
+                Trajectory(
+                    **{name: arrays[name][start:end] for name in _ARRAYS},
+                    **{name: record[name] for name in _PLAIN if name != "messages"},
+                    messages=tuple(record["messages"]),
+                    task=Task(**record["task"]),
+                    status=EpisodeStatus(record["status"]),
+                    turns=tuple(Turn(**turn) for turn in record["turns"]),
+                    sampling=Sampling(**record["sampling"]),
+                )
+            )
+            start = end
+        yield Group(trajectories[0].group_id, trajectories[0].task, tuple(trajectories))

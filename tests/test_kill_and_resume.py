@@ -1,0 +1,220 @@
+"""`raygym train` in processes of its own, parts of which are killed at a moment drawn by a seed, and started again."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_train_command import COMMAND, ROOT, environment, rows
+from tiers import LONG, only_long
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+STEPS = 20 if LONG else 6
+# A reward that depends on every token, so that there is always something to learn from.
+LETTERS = """
+import zlib
+
+import raygym
+
+
+class Letters(raygym.ChatEnv):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turns = 0
+        return f"Say {seed}.", {}
+
+    def step(self, action):
+        self.turns += 1
+        return "More.", zlib.crc32(action["content"].encode()) % 16 / 16, self.turns == 2, False, {}
+"""
+# Differs from run to run: times, and what tells of the interruptions themselves.
+CLOCKS = ("time/", "manager/", "sync/broadcast_s", "sync/apply_s", "sync/gib_per_s")
+SIMULATED = ["policy.engine=simulated", "policy.simulated.turn_latency_s=0.1"]
+# One turn after the other: what shares a batch changes the last bits of a real engine's numbers.
+VLLM = ["policy.engine=vllm", "rollout.max_concurrent=1", "policy.vllm.max_num_seqs=1"]
+
+
+def command(folder: Path, name: str, engine: list[str], **changes: Any) -> list[str]:
+    settings = {
+        "name": name,
+        "runs_dir": str(folder / "runs"),
+        "steps": STEPS,
+        "envs": "[{id: 'letters:Letters'}]",
+        "learner.lr": 1e-3,
+        "learner.threads": 1,
+        "checkpoint.every": 2,
+        "validation.every": 3,
+        "logging.tensorboard": "false",
+        **changes,
+    }
+    return [*COMMAND, "train", str(ROOT / "configs/tiny.yaml"), *engine, *(f"{k}={v}" for k, v in settings.items())]
+
+
+def start(folder: Path, name: str, engine: list[str], **changes: Any) -> subprocess.Popen[str]:
+    (folder / "letters.py").write_text(LETTERS)
+    return subprocess.Popen(
+        command(folder, name, engine, **changes), cwd=folder, env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], returncode: int = 0) -> str:
+    """What it printed from here to its end."""
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == returncode, output
+    return output
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not (run / "ledger.jsonl").exists() or f'{{"step": {step},' not in (run / "ledger.jsonl").read_text():
+        assert time.monotonic() < deadline, f"step {step} was not made in time"
+        time.sleep(0.01)
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue  # it went with another one
+
+
+def named(driver: psutil.Process, *names: str) -> list[psutil.Process]:
+    """Processes below the driver whose command line has one of the names in it."""
+    found = []
+    for process in driver.children(recursive=True):
+        try:
+            if any(name in " ".join(process.cmdline()) for name in names):
+                found.append(process)
+        except psutil.Error:
+            continue
+    assert found, f"no process is called {names}"
+    return found
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Whatever happened to the driver, nothing of its run goes on. Ray's own agents take their time; they are ended."""
+    _, alive = psutil.wait_procs([process for process in processes if not is_agent(process)], timeout=60)
+    left = [process.name() for process in alive]
+    kill([*processes, *alive])
+    assert not left
+
+
+def is_agent(process: psutil.Process) -> bool:
+    try:
+        return "Agent" in process.name()
+    except psutil.NoSuchProcess:
+        return True
+
+
+VICTIMS: dict[str, Callable[[psutil.Process], list[psutil.Process]]] = {
+    "trainer": lambda driver: [driver],
+    "manager": lambda driver: named(driver, "ray::RolloutManager"),
+    "learner": lambda driver: named(driver, "ray::LearnerActor"),
+    "cluster": lambda driver: driver.children(recursive=True),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run that nobody disturbs, by engine; made where it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def run(engine: str) -> Path:
+        if engine not in made:
+            folder = tmp_path_factory.mktemp(engine)
+            finish(start(folder, "whole", ENGINES[engine]))
+            made[engine] = folder / "runs/whole"
+        return made[engine]
+
+    return run
+
+
+ENGINES = {"simulated": SIMULATED, "vllm": VLLM}
+
+
+def cases() -> Iterator[Any]:
+    for victim in VICTIMS:
+        yield pytest.param(victim, "simulated", 1, marks=[] if victim == "trainer" else only_long)
+    for victim in ("trainer", "learner"):
+        yield pytest.param(victim, "vllm", 2, marks=[only_long, pytest.mark.vllm])
+
+
+@pytest.mark.parametrize(("victim", "engine", "seed"), list(cases()))
+def test_a_killed_part_costs_no_task_and_repeats_none(
+    victim: str, engine: str, seed: int, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    draw = random.Random(f"{seed} {victim}")
+    run = tmp_path / "runs/killed"
+    first = start(tmp_path, "killed", ENGINES[engine])
+    driver = psutil.Process(first.pid)
+    wait_for_step(run, draw.randrange(2, STEPS - 2))
+    time.sleep(draw.random())
+    below = driver.children(recursive=True)
+    kill(VICTIMS[victim](driver))
+    if victim == "manager":  # it has a successor, and the run goes on
+        finish(first)
+    else:
+        output = finish(first, -signal.SIGKILL if victim == "trainer" else 1)
+        if victim != "trainer":  # without a cluster, Ray ends the process in its own words
+            told = "The program will terminate" if victim == "cluster" else "raygym: train failed: "
+            assert told in output or "raygym: train failed: " in output, "the cause is told"
+        assert_gone(below)
+        assert "resuming " in finish(start(tmp_path, "killed", ENGINES[engine]))
+    audit(run)
+    whole = uninterrupted(engine)
+    assert shown(run) == shown(whole), "it is the run that nobody has disturbed"
+    assert len({row["sync/checksum"] for row in rows(run) if "sync/checksum" in row}) == STEPS, "every step learned"
+    assert "has made its" in finish(start(tmp_path, "killed", ENGINES[engine]))
+
+
+@only_long
+def test_with_stale_data_what_was_whole_is_trained_once(tmp_path: Path) -> None:
+    """Steps ahead are in play at every checkpoint; killed three times, then with two learners under ZeRO-3."""
+    run, draw = tmp_path / "runs/stale", random.Random(3)
+    options: dict[str, Any] = {"rollout.max_staleness": 2, "checkpoint.every": 1}
+    for step in (4, 8, 12):
+        process = start(tmp_path, "stale", SIMULATED, **options)
+        wait_for_step(run, step)
+        time.sleep(draw.random() / 2)
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        finish(process, -signal.SIGKILL)
+        assert_gone(below)
+    more = {"learner.num_learners": 2, "learner.deepspeed": "{zero_optimization: {stage: 3}}"}
+    output = finish(start(tmp_path, "stale", SIMULATED, **options, **more))
+    assert "changed: learner.num_learners: 1 -> 2" in output
+    audit(run)
+    assert any((run / "checkpoints").glob("step_*/training_state/groups.safetensors"))
+    assert all(row["policy/staleness_max"] <= 2 for row in rows(run)[1:])
+
+
+def audit(run: Path) -> None:
+    """0 tasks skipped, 0 twice: in the ledger, in the metrics and in the trajectories."""
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert sorted(line["task"] for line in ledger) == list(range(len(ledger)))
+    trained = [line for line in ledger if line["trained"]]
+    assert len(trained) == 4 * STEPS
+    assert [row["step"] for row in rows(run)] == list(range(STEPS + 1))
+    for step in range(1, STEPS + 1):
+        played = (run / f"trajectories/step_{step:06d}.jsonl").read_text().splitlines()
+        tasks = [json.loads(line)["task"] for line in played]
+        assert sorted(set(tasks)) == sorted(line["task"] for line in trained if line["step"] == step)
+        assert len(tasks) == 16
+
+
+def shown(run: Path) -> list[dict[str, Any]]:
+    """The metrics that do not tell of time."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith(CLOCKS) and not key.endswith("/step_s")}
+        for row in rows(run)
+    ]
