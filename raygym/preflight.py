@@ -38,7 +38,7 @@ def check_inputs(config: RunConfig) -> Prepared:
     Raises:
         ConfigError: what is missing, and the key that names it.
     """
-    _check_environments(config)
+    _check_all_but_policy(config)
     try:
         return Prepared(str(resolve_policy(config.policy.model)))
     except ModelError as error:
@@ -52,7 +52,7 @@ def check_what_is_here(config: RunConfig) -> Checked:
         ConfigError: what is wrong, and the key that names it.
     """
     missing: list[str] = []
-    _check_environments(config, missing)
+    _check_all_but_policy(config, missing)
     try:
         found = find_policy(config.policy.model)
     except ModelError as error:
@@ -62,7 +62,7 @@ def check_what_is_here(config: RunConfig) -> Checked:
     return Checked(str(found) if found is not None else None, tuple(missing))
 
 
-def _check_environments(config: RunConfig, missing: list[str] | None = None) -> None:
+def _check_all_but_policy(config: RunConfig, missing: list[str] | None = None) -> None:
     """Of what is not here, `missing` is told; without it, that is an error like others."""
     if os.getcwd() not in sys.path:
         # `module:Class` environments of the user's live where the command is run.

@@ -126,9 +126,11 @@ def learner_setup(config: RunConfig, shape: ModelShape) -> LearnerSetup:
         tokens_per_micro_batch=learner.tokens_per_micro_batch,
         longest_sequence=context_tokens(config, shape),
         gradient_checkpointing=learner.gradient_checkpointing,
+        trained_parameters=shape.lora_parameters(learner.lora.rank) if learner.lora is not None else None,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
-        reference=learner.kl_coef > 0,
+        # With adapters the policy without them is the reference.
+        reference=learner.kl_coef > 0 and learner.lora is None,
         gpu=learner.gpus_per_learner > 0,
         bucket_values=_number(zero, "reduce_bucket_size", 5e8),
         live_values=_number(zero, "stage3_max_live_parameters", 1e9),
