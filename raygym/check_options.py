@@ -20,7 +20,7 @@ def add_options(parser: Any) -> None:
     of_cluster("--gpu-memory-gib", 80.0, "GIB", "memory of a GPU")
     of_cluster("--gpu-tflops", H100.flops / 1e12, "T", "dense, in bf16")
     of_cluster("--gpu-tb-per-s", H100.bytes_per_s / 1e12, "T", "bandwidth of its memory")
-    of_cluster("--mfu", H100.training_share, "SHARE", "model-FLOPs use of a learner")
+    of_cluster("--mfu", H100.training_share, "SHARE", "of the FLOP/s, reached by a learner")
     of_cluster("--sync-gib-per-s", 1.0, "GIB", "at which weights are broadcast")
     load = parser.add_argument_group("what is assumed of episodes")
 

@@ -42,7 +42,9 @@ def check(config: RunConfig, options: argparse.Namespace) -> tuple[str, tuple[st
     shape, policy, unknown = _shape(config, checked)
     gpu = replace(
         H100,
-        name="H100 SXM" if (options.gpu_tflops, options.gpu_tb_per_s) == (989.0, 3.35) else "GPU",
+        name="H100 SXM"
+        if (options.gpu_tflops, options.gpu_tb_per_s) == (H100.flops / 1e12, H100.bytes_per_s / 1e12)
+        else "GPU",
         flops=options.gpu_tflops * 1e12,
         bytes_per_s=options.gpu_tb_per_s * 1e12,
         training_share=options.mfu,

@@ -87,8 +87,8 @@ def _assumptions(config: RunConfig, estimate: RunEstimate, cluster: Cluster, tim
     ]
     if config.policy.gpus_per_replica or config.learner.gpus_per_learner:
         lines.append(
-            f"  assumed of a {gpu.name}: {gpu.flops / 1e12:g} TFLOP/s, a learner's MFU {gpu.training_share:.0%}, "
-            f"{gpu.bytes_per_s / 1e12:g} TB/s, {gpu.bandwidth_share:.0%} of them reached; weights are sent at "
+            f"  assumed of a {gpu.name}: {gpu.flops / 1e12:g} TFLOP/s ({gpu.training_share:.0%} by a learner), "
+            f"{gpu.bytes_per_s / 1e12:g} TB/s ({gpu.bandwidth_share:.0%} by an engine); weights are sent at "
             f"{cluster.sync_gib_per_s:g} GiB/s"
         )
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from raygym.batching_config import BatchingConfig
 from raygym.memory_estimate import EngineSetup
+from raygym.model_flops import PEAK_TFLOPS
 from raygym.model_shape import ModelShape
 
 _BLOCK = 256
@@ -31,15 +32,15 @@ class Device:
     prefill_share: float
     """Of `flops`, reached while prompts are computed."""
     training_share: float
-    """Of `flops`, reached by a learner: model-FLOPs use (MFU)."""
+    """Of `flops`, reached by a learner, what it computes a second time included: `learn/mfu` is lower where it does."""
     step_overhead_s: float
     """Of an engine's step, whatever is in it."""
     all_reduce_s: float
     """Two of these a layer between tensor-parallel ranks."""
 
 
-H100 = Device("H100 SXM", 989e12, 3.35e12, 0.7, 0.5, 0.35, 2e-3, 15e-6)
-"""Peaks from NVIDIA's data sheet: dense bf16, and HBM3."""
+H100 = Device("H100 SXM", PEAK_TFLOPS["H100"] * 1e12, 3.35e12, 0.7, 0.5, 0.35, 2e-3, 15e-6)
+"""The bandwidth is that of NVIDIA's data sheet."""
 
 
 def cpu_device(cores: int) -> Device:
