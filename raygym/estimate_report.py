@@ -81,10 +81,12 @@ def _assumptions(config: RunConfig, estimate: RunEstimate, cluster: Cluster, tim
     most = max(env.max_tokens_per_turn or config.rollout.max_tokens_per_turn for env in config.envs)
     lines = [
         f"  assumed: prompts of {load.prompt_tokens} tokens, {turns} turn{'s' * (turns > 1)} of "
-        f"{load.tokens_per_turn or max(1, most // 2)} tokens (log-normal, sigma {load.sigma:g}, at most {most})"
-        + (f", observations of {load.observation_tokens} after {load.env_s:g} s" if turns > 1 else "")
-        + ("; no group is replaced" if config.rollout.dynamic_sampling else "")
+        f"{load.tokens_per_turn or max(1, most // 2)} tokens (log-normal, sigma {load.sigma:g}, at most {most})",
     ]
+    if turns > 1:
+        lines.append(f"  assumed: observations of {load.observation_tokens} tokens after {load.env_s:g} s")
+    if config.rollout.dynamic_sampling:
+        lines.append("  assumed: every group has a spread of rewards, so that none is replaced")
     if config.policy.gpus_per_replica or config.learner.gpus_per_learner:
         lines.append(
             f"  assumed of a {gpu.name}: {gpu.flops / 1e12:g} TFLOP/s ({gpu.training_share:.0%} by a learner), "

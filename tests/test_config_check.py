@@ -224,6 +224,22 @@ def test_a_simulated_engine_needs_no_memory_and_has_its_own_pace() -> None:
     assert estimate.time is None and "batching" in estimate.no_time
 
 
+def test_adapters_and_checkpointing_are_read_from_the_config() -> None:
+    learner = {"gpus_per_learner": 1, "kl_coef": 0.1}
+    whole, adapters, checkpointed = (
+        estimate_run(config, SHAPE, CLUSTER, default_workload(config, SHAPE)).learner
+        for config in (
+            small({"learner": {**learner, **change}})
+            for change in ({}, {"lora": {"rank": 4}}, {"gradient_checkpointing": True})
+        )
+    )
+    assert whole and adapters and checkpointed
+    assert whole.weights == 2 * 4 * SHAPE.parameters  # with the starting policy
+    assert adapters.weights == 4 * (SHAPE.parameters + SHAPE.lora_parameters(4))
+    assert adapters.optimizer == 8 * SHAPE.lora_parameters(4)
+    assert checkpointed.activations < whole.activations
+
+
 def test_a_larger_gpu_leaves_more_for_the_kv_cache() -> None:
     config = small({})
     load = default_workload(config, SHAPE)
