@@ -40,15 +40,9 @@ def check(config: RunConfig, options: argparse.Namespace) -> tuple[str, tuple[st
     """
     checked = Checked(check_inputs(config).model_dir, ()) if options.strict else check_what_is_here(config)
     shape, policy, unknown = _shape(config, checked)
-    gpu = replace(
-        H100,
-        name="H100 SXM"
-        if (options.gpu_tflops, options.gpu_tb_per_s) == (H100.flops / 1e12, H100.bytes_per_s / 1e12)
-        else "GPU",
-        flops=options.gpu_tflops * 1e12,
-        bytes_per_s=options.gpu_tb_per_s * 1e12,
-        training_share=options.mfu,
-    )
+    flops, bytes_per_s = options.gpu_tflops * 1e12, options.gpu_tb_per_s * 1e12
+    name = H100.name if (flops, bytes_per_s) == (H100.flops, H100.bytes_per_s) else "GPU"
+    gpu = replace(H100, name=name, flops=flops, bytes_per_s=bytes_per_s, training_share=options.mfu)
     cluster = Cluster(options.gpus_per_node, options.gpu_memory_gib, gpu, options.sync_gib_per_s)
     workload = default_workload(config, shape, options.prompt_tokens)
     asked = {name: getattr(options, option) for name, option in _WORKLOAD.items()}
