@@ -7,7 +7,7 @@ divided by what the whole mini-batch amounts to, which every rank knows, since e
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,12 +18,14 @@ from torch import Tensor
 from raygym.algorithms.losses import k1_kl
 from raygym.algorithms.objective import loss_divisor, objective
 from raygym.learner_config import LearnerConfig
+from raygym.learning_rate import learning_rate
 from raygym.packing import MicroBatch, assign_micro_batches, pack, packed_order
-from raygym.policy_model import TokenLogprobs
 from raygym.types import Float32Array, TrainSequence
 
 LearnStats = dict[str, float]
 """What `PolicyUpdate.run` returns."""
+Reference = Callable[[MicroBatch, float], tuple[Tensor, Tensor]]
+"""The starting policy: what `TokenLogprobs` gives for a micro-batch and a temperature."""
 
 _SUMS = ("loss", "kl", "reference_kl", "entropy", "clip_fraction")
 
@@ -53,7 +55,8 @@ class PolicyUpdate:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
-        reference: TokenLogprobs | None = None,
+        reference: Reference | None = None,
+        total_updates: int | None = None,
     ) -> None:
         """No update was made yet.
 
@@ -65,6 +68,7 @@ class PolicyUpdate:
             world_size: how many ranks there are; with 1 there need not be a process group.
             device: where the policy is; the CPU by default.
             reference: the starting policy, where `kl_coef` is above 0.
+            total_updates: of the whole run; needed where `lr_schedule` falls.
         """
         self._config = config
         self._engine = engine
@@ -73,6 +77,7 @@ class PolicyUpdate:
         self._world_size = world_size
         self._device = device or torch.device("cpu")
         self._reference = reference
+        self._total_updates = total_updates
         self.updates = 0
         """Optimizer updates that were made."""
 
@@ -189,4 +194,4 @@ class PolicyUpdate:
         return loss, torch.stack([value.double() for value in sums]), behaviour_kl_N.abs()
 
     def _lr(self, update: int) -> float:
-        return self._config.lr * min(1.0, (update + 1) / max(1, self._config.warmup_steps))
+        return learning_rate(self._config, update, self._total_updates)
