@@ -27,41 +27,14 @@ _OWNED = {
     ),
 }
 # What DeepSpeed itself reads from the top of its config; it ignores all else without a word.
-TOP_LEVEL = frozenset(
-    [
-        "activation_checkpointing",
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "csv_monitor",
-        "data_types",
-        "disable_allgather",
-        "disable_python_gc",
-        "dump_state",
-        "expert_parallel",
-        "flops_profiler",
-        "gradient_predivide_factor",
-        "log_level",
-        "memory_breakdown",
-        "prescale_gradients",
-        "seq_parallel_communication_data_type",
-        "sparse_gradients",
-        "steps_per_print",
-        "tensor_parallel",
-        "tensorboard",
-        "timers",
-        "use_data_before_expert_parallelism",
-        "vocabulary_size",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    ]
-)
+TOP_LEVEL = frozenset([
+    "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "compile",
+    "csv_monitor", "data_types", "disable_allgather", "disable_python_gc", "dump_state", "expert_parallel",
+    "flops_profiler", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
+    "seq_parallel_communication_data_type", "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard",
+    "timers", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+])  # fmt: skip
 _OFFLOAD_STAGES: dict[Offloaded, tuple[int, ...]] = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 _ZERO_CLASSES = {
     "": ("config.py", "DeepSpeedZeroConfig"),
