@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -25,11 +26,14 @@ from raygym.deepspeed_options import offload_device
 from raygym.gradient_checkpointing import enable_gradient_checkpointing
 from raygym.lora import adapter_parameters, add_adapters, save_adapter, set_dropout, without_adapters
 from raygym.packing import MicroBatch
-from raygym.policy_model import TokenLogprobs, check_model
+from raygym.policy_model import TokenLogprobs
+from raygym.policy_packing import Packing, choose_packing
 from raygym.policy_weights import policy_weights
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats, PolicyUpdate, Reference
 from raygym.weights import Manifest, plan_manifest
+
+logger = logging.getLogger(__name__)
 
 
 class LearnerActor:
@@ -100,7 +104,8 @@ class LearnerActor:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.policy)
         model = TokenLogprobs(self.policy)
-        check_model(model)
+        packing = choose_packing(model, config.packing)
+        logger.info("learner.packing: %s", packing.name)
         optimizer = self._make_optimizer(model)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
         optimizer.state.clear()
@@ -108,10 +113,11 @@ class LearnerActor:
             config,
             self,
             self._temperature,
+            packing=packing,
             rank=self.rank,
             world_size=self.world_size,
             device=self._device,
-            reference=self._starting_policy() if config.kl_coef else None,
+            reference=self._starting_policy(packing) if config.kl_coef else None,
             total_updates=self._total_updates,
         )
 
@@ -121,15 +127,16 @@ class LearnerActor:
         # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
         options: dict[str, Any] = {"lr": 0.0, "betas": self.config.betas, "weight_decay": self.config.weight_decay}
         if offload_device(self.config.deepspeed, "offload_optimizer") == "none":
-            return torch.optim.AdamW(trained, **options)
-        # PyTorch's own takes several passes over the memory, which offloaded states have all of.
+            return torch.optim.AdamW(trained, fused=True, **options)
         offloaded: torch.optim.Optimizer = self._deepspeed.ops.adam.DeepSpeedCPUAdam(trained, **options)
         return offloaded
 
-    def _starting_policy(self) -> Reference:
+    def _starting_policy(self, packing: Packing) -> Reference:
         if self.config.lora is not None:
             return without_adapters(self._engine.module)
-        return TokenLogprobs(self._load_policy())
+        reference = TokenLogprobs(self._load_policy())
+        choose_packing(reference, packing.name)
+        return reference
 
     def _load_policy(self) -> Any:
         policy: Any = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))

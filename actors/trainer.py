@@ -78,6 +78,7 @@ class Trainer:
             "tokens/trained": learned["tokens_trained"],
             "tokens/total": learned["tokens_total"],
             "tokens/padding_fraction": learned["padding_fraction"],
+            "tokens/shared_fraction": learned["shared_fraction"],
             "sync/bytes": published.nbytes,
             "sync/broadcast_s": published.broadcast_s,
             "sync/apply_s": published.apply_s,

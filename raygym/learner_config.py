@@ -13,6 +13,7 @@ from raygym.deepspeed_options import check_deepspeed
 LossName = Literal["clip", "gspo", "cispo", "reinforce"]
 LossMean = Literal["token", "sequence", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
+PackingName = Literal["auto", "forest", "rows"]
 AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 
@@ -67,6 +68,9 @@ class LearnerConfig(Section):
     mini_batches: PositiveInt = 1
     """Optimizer updates made from one step's groups."""
     tokens_per_micro_batch: PositiveInt = 2048
+    packing: PackingName = "auto"
+    """`forest`: what sequences begin with in common, such as a group's prompt, is computed once, and nothing is padded;
+    the policy's attention must allow it. `rows`: several sequences to a row. `auto`: the first where it is exact."""
     threads: NonNegativeInt = 0
     """CPU threads of one learner; 0 shares the cores among the learners."""
     dtype: Literal["float32", "bfloat16"] = "float32"

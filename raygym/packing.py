@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from raygym.types import TrainSequence
+from raygym.forest_attention import ForestLayout
+from raygym.types import Int32Array, TrainSequence
 
 _CHEAP_ROW = 512
 _ROW_LENGTHS = 9
@@ -42,7 +45,11 @@ class MicroBatch:
     sequence_N: Tensor
     """A number below N, the same for the tokens of one sequence and for no others."""
     num_tokens: int
-    """Tokens of real sequences."""
+    """Tokens of the sequences, each sequence's counted by itself."""
+    num_computed: int
+    """The same without what several of them share, which is computed once."""
+    forest: ForestLayout | None = None
+    """Where the one row is a `PrefixForest`."""
 
     @property
     def num_cells(self) -> int:
@@ -51,8 +58,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "num_tokens"}
-        return replace(self, **tensors)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
 
 def assign_micro_batches(
@@ -139,55 +146,61 @@ def _first_fit(lengths: Sequence[int], capacity: int, max_rows: int) -> list[lis
 
 
 def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
-    """Lay the sequences of one micro-batch out in rows, longest first. They may be none: a dummy of one token.
-
-    Trained tokens come in the order of the rows. If nothing is trained, one token of weight 0 is predicted anyway,
-    since under ZeRO-3 every rank has to run through all layers, the output head included.
-    """
+    """Lay the sequences of one micro-batch out in rows, longest first. They may be none: a dummy of one token."""
     longest_first = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].token_ids))
     lengths = [len(sequences[index].token_ids) for index in longest_first]
     rows = _fill_rows(lengths)
-    placed = [(row, longest_first[item]) for row, items in enumerate(rows) for item in items]
     shape = (max(1, len(rows)), max([1, *(sum(lengths[item] for item in row) for row in rows)]))
     ids_BL, positions_BL = np.zeros(shape, dtype=np.int64), np.tile(np.arange(shape[1]), (shape[0], 1))
-    filled = [0] * shape[0]
-    where, targets, behaviour, advantages, numbers = [], [], [], [], []
-    count = 0
-    for row, index in placed:
-        sequence, start = sequences[index], filled[row]
-        assert not sequence.loss_mask[0], "the first token of a sequence has no prediction and cannot be trained"
-        ids_BL[row, start : start + len(sequence.token_ids)] = sequence.token_ids
-        # Up to the row's end, so that padding continues the last sequence instead of starting another, but never
-        # past the positions that the model is known to have.
-        positions_BL[row, start:] = np.minimum(np.arange(shape[1] - start), max(lengths) - 1)
-        filled[row] += len(sequence.token_ids)
-        trained = np.flatnonzero(sequence.loss_mask)
-        where.append(row * shape[1] + start + trained - 1)
-        targets.append(sequence.token_ids[trained])
-        behaviour.append(sequence.logprobs[trained])
-        advantages.append(np.full(len(trained), sequence.advantage))
-        numbers.append(np.full(len(trained), count))
-        count += len(trained)
+    places: dict[int, Int32Array] = {}
+    for row, items in enumerate(rows):
+        start = 0
+        for index in (longest_first[item] for item in items):
+            ids = sequences[index].token_ids
+            ids_BL[row, start : start + len(ids)] = ids
+            # Up to the row's end, so that padding continues the last sequence instead of starting another, but never
+            # past the positions that the model is known to have.
+            positions_BL[row, start:] = np.minimum(np.arange(shape[1] - start), max(lengths) - 1)
+            places[index] = np.arange(start, start + len(ids), dtype=np.int32) + row * shape[1]
+            start += len(ids)
+    return micro_batch(ids_BL, positions_BL, sequences, [places[index] for index in range(len(sequences))])
+
+
+def micro_batch(
+    ids_BL: NDArray[Any],
+    positions_BL: NDArray[Any],
+    sequences: Sequence[TrainSequence],
+    places: Sequence[Int32Array],
+    forest: ForestLayout | None = None,
+) -> MicroBatch:
+    """A micro-batch whose sequences' tokens are where `places` says, as flat indices. Trained tokens come in the
+    order of the sequences.
+
+    If nothing is trained, one token of weight 0 is predicted anyway, since under ZeRO-3 every rank has to run through
+    all layers, the output head included.
+    """
+    assert not any(sequence.loss_mask[0] for sequence in sequences), "a first token has no prediction"
+    trained = [np.flatnonzero(sequence.loss_mask) for sequence in sequences]
+    starts = np.cumsum([0, *(len(tokens) for tokens in trained)])
+    pairs = list(zip(sequences, trained, strict=True))
+    used = len(np.unique(np.concatenate(places))) if places else 0
     return MicroBatch(
-        input_ids_BL=torch.from_numpy(ids_BL),
-        position_ids_BL=torch.from_numpy(positions_BL),
-        positions_N=_joined(where, torch.int64),
-        target_ids_N=_joined(targets, torch.int64),
-        behaviour_N=_joined(behaviour, torch.float32),
-        advantages_N=_joined(advantages, torch.float32),
-        mask_N=torch.full((max(1, count),), count > 0),
-        sequence_N=_joined(numbers, torch.int64),
-        num_tokens=sum(lengths),
+        input_ids_BL=torch.from_numpy(ids_BL).long(),
+        position_ids_BL=torch.from_numpy(positions_BL).long(),
+        positions_N=_joined([where[tokens - 1] for where, tokens in zip(places, trained, strict=True)], torch.int64),
+        target_ids_N=_joined([sequence.token_ids[tokens] for sequence, tokens in pairs], torch.int64),
+        behaviour_N=_joined([sequence.logprobs[tokens] for sequence, tokens in pairs], torch.float32),
+        advantages_N=_joined([np.full(len(tokens), sequence.advantage) for sequence, tokens in pairs], torch.float32),
+        mask_N=torch.full((max(1, int(starts[-1])),), bool(starts[-1])),
+        sequence_N=_joined(
+            [np.full(len(tokens), start) for start, tokens in zip(starts[:-1], trained, strict=True)], torch.int64
+        ),
+        num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
+        num_computed=used,
+        forest=forest,
     )
 
 
-def packed_order(sequences: Sequence[TrainSequence]) -> list[int]:
-    """The order in which `pack` lays the sequences out, and with it their trained tokens."""
-    longest_first = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].token_ids))
-    lengths = [len(sequences[index].token_ids) for index in longest_first]
-    return [longest_first[item] for row in _fill_rows(lengths) for item in row]
-
-
-def _joined(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+def _joined(parts: list[NDArray[Any]], dtype: torch.dtype) -> Tensor:
     values = np.concatenate(parts) if parts else np.zeros(0)
     return torch.as_tensor(values if len(values) else np.zeros(1)).to(dtype)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raygym.packing import MicroBatch
+from raygym.token_logprobs import token_logprobs
 
-CHUNK_LOGITS = 2**26
-"""Logits (C x V) kept at a time; 256 MiB in fp32."""
+CHUNK_LOGITS = 2**28
+"""Logits (C x V) kept at a time; 1 GiB in fp32. Nothing else of this size is kept with them."""
 # How configs name what is done to logits after the output head's matrix product.
 _SOFTCAPS, _FACTORS, _DIVISORS = (
     ("final_logit_softcapping",),
@@ -36,12 +37,13 @@ class TokenLogprobs(nn.Module):
         self._chunk = max(1, chunk_logits // policy.config.get_text_config().vocab_size)
 
     def forward(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (with gradient) and entropies (without) of the N trained tokens, in nats, fp32.
+        """Log-probabilities and entropies of the N trained tokens, in nats, fp32, with gradient.
 
         Both are of the distribution that was sampled from: logits divided by `temperature` (> 0).
         """
+        layout = {} if batch.forest is None else {"forest": batch.forest}
         hidden_BLH = self.policy.base_model(
-            input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False
+            input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False, **layout
         ).last_hidden_state
         hidden_NH = hidden_BLH.flatten(0, 1)[batch.positions_N]
         chunks = zip(hidden_NH.split(self._chunk), batch.target_ids_N.split(self._chunk), strict=True)
@@ -52,16 +54,13 @@ class TokenLogprobs(nn.Module):
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _head(self, hidden_CH: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits_CV = self.logits(hidden_CH).float() / temperature
-        normalizer_C = logits_CV.logsumexp(-1)
-        logprobs_C = logits_CV.gather(-1, target_ids_C[:, None])[:, 0] - normalizer_C
-        with torch.no_grad():
-            probabilities_CV = (logits_CV - normalizer_C[:, None]).exp()
-            entropies_C = normalizer_C - (probabilities_CV * logits_CV).sum(-1)
-        return logprobs_C, entropies_C
+        return token_logprobs(self.logits(hidden_CH), target_ids_C, temperature)
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
-        """What the model's own forward makes of final hidden states: the head, then its cap or scale if it has one."""
+        """What the model's own forward makes of final hidden states: the head, then its cap or scale if it has one.
+
+        No operation here needs its result in the backward pass: `token_logprobs` overwrites it.
+        """
         logits_CV: Tensor = self.policy.get_output_embeddings()(hidden_CH)
         config = self.policy.config.get_text_config()
         for name in _FACTORS:
@@ -74,29 +73,3 @@ class TokenLogprobs(nn.Module):
             if (cap := getattr(config, name, None)) is not None:
                 logits_CV = torch.tanh(logits_CV / cap) * cap
         return logits_CV
-
-
-@torch.no_grad()
-def check_model(model: TokenLogprobs) -> None:
-    """Refuse a model whose packed rows would not give the logprobs of its sequences: ten tokens, once, at the start.
-
-    Raises:
-        ValueError: sequences of one row see each other, or the model does more to its logits than `logits` knows.
-    """
-    policy = model.policy
-    device = next(policy.parameters()).device
-    sequences = [torch.arange(1, 6, device=device), torch.arange(5, 8, device=device)]
-    positions = torch.cat([torch.arange(len(ids), device=device) for ids in sequences])[None]
-    hidden = policy.base_model(
-        input_ids=torch.cat(sequences)[None], position_ids=positions, use_cache=False
-    ).last_hidden_state
-    packed = model.logits(hidden[0]).float()
-    alone = torch.cat([policy(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]).float()
-    difference = (packed.log_softmax(-1) - alone.log_softmax(-1)).abs().max().item()
-    allowed = 1e-3 if hidden.dtype == torch.float32 else 0.25
-    if difference > allowed:
-        raise ValueError(
-            f"policy.model: {policy.config.model_type} gives other logprobs for sequences packed in one row than for "
-            f"each alone (largest difference {difference:.3g}, allowed {allowed}); expected a causal transformer whose "
-            f"attention follows position_ids and whose logits are its output head's; use another model"
-        )

@@ -19,7 +19,8 @@ from raygym.algorithms.losses import k1_kl
 from raygym.algorithms.objective import loss_divisor, objective
 from raygym.learner_config import LearnerConfig
 from raygym.learning_rate import learning_rate
-from raygym.packing import MicroBatch, assign_micro_batches, pack, packed_order
+from raygym.packing import MicroBatch
+from raygym.policy_packing import ROWS, Packing
 from raygym.types import Float32Array, TrainSequence
 
 LearnStats = dict[str, float]
@@ -52,6 +53,7 @@ class PolicyUpdate:
         engine: TrainEngine,
         temperature: float,
         *,
+        packing: Packing = ROWS,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
@@ -64,6 +66,7 @@ class PolicyUpdate:
             config: `learner` of the run.
             engine: the policy that learns.
             temperature: of the sampling; logprobs are of the distribution that was sampled from.
+            packing: of the micro-batches; policy and reference must be able to compute it.
             rank: of this process in the default process group.
             world_size: how many ranks there are; with 1 there need not be a process group.
             device: where the policy is; the CPU by default.
@@ -73,6 +76,7 @@ class PolicyUpdate:
         self._config = config
         self._engine = engine
         self._temperature = temperature
+        self._packing = packing
         self._rank = rank
         self._world_size = world_size
         self._device = device or torch.device("cpu")
@@ -95,11 +99,12 @@ class PolicyUpdate:
             `grad_norm` (before clipping, mean of the updates) and `lr` (of the last); `logprob_abs_diff` and
             `logprob_abs_diff_max`, |learner - engine| over the trained tokens of the first mini-batch, so with the
             very weights that sampled if the batch is on-policy; `tokens_trained`, `tokens_total`,
-            `padding_fraction` (of all computed positions), `seconds`.
+            `shared_fraction` (of those, what was not computed since another sequence has it), `padding_fraction` (of
+            all computed positions), `seconds`.
         """
         started = time.monotonic()
-        # loss ... clip_fraction, |diff|, tokens, cells; reduced over ranks once, at the end.
-        totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
+        # loss ... clip_fraction, |diff|, tokens, computed tokens, cells; reduced over ranks once, at the end.
+        totals = torch.zeros(len(_SUMS) + 4, dtype=torch.float64, device=self._device)
         worst = torch.zeros((), dtype=torch.float64, device=self._device)
         divisors, trained, first_trained, norms = 0.0, 0, 0, []
         for number, part in enumerate(np.array_split(np.arange(len(sequences)), self._config.mini_batches)):
@@ -118,7 +123,7 @@ class PolicyUpdate:
         if self._world_size > 1:
             dist.all_reduce(totals)
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        *sums_, difference, tokens, cells = totals.tolist()
+        *sums_, difference, tokens, computed, cells = totals.tolist()
         return {
             **{name: value / max(1, trained) for name, value in zip(_SUMS, sums_, strict=True)},
             "loss": sums_[0] / max(1.0, divisors),
@@ -128,7 +133,8 @@ class PolicyUpdate:
             "logprob_abs_diff_max": worst.item(),
             "tokens_trained": float(trained),
             "tokens_total": tokens,
-            "padding_fraction": 1 - tokens / cells if cells else 0.0,
+            "shared_fraction": 1 - computed / tokens if tokens else 0.0,
+            "padding_fraction": 1 - computed / cells if cells else 0.0,
             "seconds": time.monotonic() - started,
         }
 
@@ -142,13 +148,12 @@ class PolicyUpdate:
         found: dict[int, Float32Array] = {}
         for indices in self._micro_batches(sequences):
             share = [sequences[index] for index in indices]
-            logprobs_N = self._engine.logprobs(pack(share).to(self._device))[0].cpu().numpy()
+            logprobs_N = self._engine.logprobs(self._packing.pack(share).to(self._device))[0].cpu().numpy()
             start = 0
-            for item in packed_order(share):
-                sequence, result = share[item], np.zeros(len(share[item].token_ids), dtype=np.float32)
+            for index, sequence in zip(indices, share, strict=True):
+                found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
                 count = int(sequence.loss_mask.sum())
-                result[sequence.loss_mask] = logprobs_N[start : start + count]
-                found[indices[item]] = result
+                found[index][sequence.loss_mask] = logprobs_N[start : start + count]
                 start += count
         return found
 
@@ -160,23 +165,24 @@ class PolicyUpdate:
         return [sequence for sequence in mini_batch if sequence.advantage != 0.0] or mini_batch[:1]
 
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
-        lengths = [len(sequence.token_ids) for sequence in sequences]
-        return assign_micro_batches(lengths, self._world_size, self._config.tokens_per_micro_batch)[self._rank]
+        budget = self._config.tokens_per_micro_batch
+        return self._packing.assign(sequences, self._world_size, budget)[self._rank]
 
     def _accumulate_gradients(self, mini_batch: list[TrainSequence], divisor: float) -> tuple[Tensor, Tensor]:
         """This rank's backward passes. Returns its totals (see `run`) and |learner - engine| of its tokens."""
         micro_batches = self._micro_batches(mini_batch)
-        totals = torch.zeros(len(_SUMS) + 3, dtype=torch.float64, device=self._device)
+        totals = torch.zeros(len(_SUMS) + 4, dtype=torch.float64, device=self._device)
         differences = [torch.zeros(1, dtype=torch.float64, device=self._device)]
         for number, indices in enumerate(micro_batches):
-            batch = pack([mini_batch[index] for index in indices]).to(self._device)
+            batch = self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
             logprobs_N, entropies_N = self._engine.logprobs(batch)
             loss, sums, difference_N = self._loss(batch, logprobs_N, entropies_N)
             # The mean over ranks counts; ours are parts of one sum.
             scaled = loss * (self._world_size / max(1.0, divisor))
             self._engine.backward(scaled, last=number == len(micro_batches) - 1)
             totals[: len(_SUMS)] += sums
-            totals[-2] += batch.num_tokens
+            totals[-3] += batch.num_tokens
+            totals[-2] += batch.num_computed
             totals[-1] += batch.num_cells if indices else 0
             differences.append(difference_N.double())
         return totals, torch.cat(differences)

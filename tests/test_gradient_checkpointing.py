@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from raygym.gradient_checkpointing import enable_gradient_checkpointing
 from raygym.models import resolve_policy
-from raygym.packing import pack
 from raygym.policy_model import TokenLogprobs
+from raygym.policy_packing import choose_packing
 
 
 def tiny() -> Any:
@@ -30,7 +30,7 @@ def with_own_dropout() -> Any:
 class Run:
     """One forward and backward pass."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, packing: Any) -> None:
         self.saved_bytes, self.layer_calls = 0, 0
         inside = next(module for name, module in policy.named_modules() if name.endswith(("mlp", "fc1")))
         handle = inside.register_forward_pre_hook(self._called)
@@ -41,9 +41,11 @@ class Run:
                 self.saved_bytes += tensor.nbytes
             return tensor
 
-        batch = pack([make_sequence(30, 1), make_sequence(20, 2)])
+        model = TokenLogprobs(policy)
+        batch = choose_packing(model, packing).pack([make_sequence(30, 1), make_sequence(20, 2)])
+        self.layer_calls = 0
         with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-            self.logprobs_N, _ = TokenLogprobs(policy)(batch, 0.7)
+            self.logprobs_N, _ = model(batch, 0.7)
         self.calls_forward = self.layer_calls
         self.logprobs_N.sum().backward()
         self.gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
@@ -53,11 +55,11 @@ class Run:
         self.layer_calls += 1
 
 
-@pytest.mark.parametrize("make", [tiny, with_own_dropout])
-def test_numbers_are_the_same_and_layers_are_computed_again(make: Any) -> None:
-    plain, policy = Run(make()), make()
+@pytest.mark.parametrize(("make", "packing"), [(tiny, "rows"), (tiny, "forest"), (with_own_dropout, "auto")])
+def test_numbers_are_the_same_and_layers_are_computed_again(make: Any, packing: Any) -> None:
+    plain, policy = Run(make(), packing), make()
     enable_gradient_checkpointing(policy)
-    checkpointed = Run(policy)
+    checkpointed = Run(policy, packing)
     assert torch.equal(checkpointed.logprobs_N, plain.logprobs_N)
     assert plain.gradients.keys() == checkpointed.gradients.keys()
     for name, gradient in plain.gradients.items():

@@ -17,7 +17,8 @@ from raygym.learner_config import LoraConfig
 from raygym.lora import adapter_parameters, add_adapters, save_adapter, set_dropout, without_adapters
 from raygym.models import resolve_policy
 from raygym.packing import pack
-from raygym.policy_model import TokenLogprobs, check_model
+from raygym.policy_model import TokenLogprobs
+from raygym.policy_packing import choose_packing
 from raygym.policy_weights import policy_weights
 
 CONFIG = LoraConfig(rank=4, alpha=6)
@@ -61,7 +62,7 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained() -> None:
     add_adapters(policy, CONFIG)
     assert type(policy) is kind and not policy.training
     assert torch.equal(logprobs(policy), logprobs(load()))
-    check_model(TokenLogprobs(policy))
+    assert choose_packing(TokenLogprobs(policy), "rows").name == "rows"
     names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     assert names == set(adapter_parameters(policy)) and len(names) == 2 * 7 * 2, "A and B of 7 layers in 2 blocks"
     again = load()

@@ -1,12 +1,17 @@
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from test_packing import make_sequence
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
+from raygym.forest_packing import pack_forest
 from raygym.models import resolve_policy
-from raygym.packing import pack, packed_order
-from raygym.policy_model import TokenLogprobs, check_model
+from raygym.packing import pack
+from raygym.policy_model import TokenLogprobs
+from raygym.policy_packing import FOREST, ROWS, choose_packing
 from raygym.types import TrainSequence
 
 TEMPERATURE = 0.7
@@ -36,9 +41,9 @@ def capped() -> Gemma2ForCausalLM:
 
 
 def one_by_one(model: torch.nn.Module, sequences: list[TrainSequence]) -> np.ndarray:
-    """The trained tokens' logprobs from the model's own forward, a sequence at a time, in packed order."""
+    """The trained tokens' logprobs from the model's own forward, a sequence at a time."""
     found = []
-    for sequence in (sequences[index] for index in packed_order(sequences)):
+    for sequence in sequences:
         ids = torch.tensor(sequence.token_ids, dtype=torch.long)
         with torch.no_grad():
             logprobs = torch.log_softmax(model(input_ids=ids[None]).logits[0].float() / TEMPERATURE, -1)
@@ -60,7 +65,6 @@ def test_packed_logprobs_equal_those_of_each_sequence_alone(
     assert (batch.position_ids_BL[:, 1:] == 0).any(), "no row holds two sequences: nothing is tested"
     logprobs, entropies = TokenLogprobs(model, chunk_logits)(batch, TEMPERATURE)
     np.testing.assert_allclose(logprobs.detach(), one_by_one(model, SEQUENCES), atol=1e-5)
-    assert not entropies.requires_grad
     assert ((entropies > 0) & (entropies <= np.log(259) + 1e-5)).all()
 
 
@@ -96,14 +100,78 @@ def test_an_empty_batch_runs_through_every_parameter(tiny: LlamaForCausalLM) -> 
     tiny.zero_grad()
 
 
-def test_check_accepts_what_is_exact(tiny: LlamaForCausalLM, capped: Gemma2ForCausalLM) -> None:
-    check_model(TokenLogprobs(tiny))
-    check_model(TokenLogprobs(capped))
+def in_groups() -> list[TrainSequence]:
+    """Two prompts, each with three answers, and one sequence by itself."""
+    rng, made = np.random.default_rng(3), [make_sequence(40, 0)]
+    for length in (60, 33):
+        prompt = rng.integers(3, 250, length, dtype=np.int32)
+        for answer in (5, 21, 40):
+            ids = np.concatenate([prompt, rng.integers(3, 250, answer, dtype=np.int32)])
+            mask = np.arange(len(ids)) >= length
+            logprobs = np.where(mask, -rng.random(len(ids)), 0).astype(np.float32)
+            made.append(TrainSequence(ids, mask, logprobs, float(rng.normal())))
+    return made
 
 
-def test_check_refuses_logits_that_it_cannot_reproduce(
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "mistral", "qwen3_moe"])
+def family(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.3,
+        # What a window is set to for longer sequences has to be kept.
+        **({"sliding_window": 24} if request.param == "mistral" else {}),
+        **(
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            if request.param == "qwen3_moe"
+            else {}
+        ),
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **shape), dtype=torch.float32).eval()
+
+
+def test_a_shared_prompt_changes_neither_logprobs_nor_gradients(family: Any) -> None:
+    sequences = in_groups()
+    plain = copy.deepcopy(family)
+    model = TokenLogprobs(family)
+    assert choose_packing(model, "auto") is FOREST
+    batch = pack_forest(sequences)
+    assert batch.num_computed == batch.num_tokens - 2 * (60 + 33)
+    results = []
+    for logprobs_N in (
+        model(batch, TEMPERATURE)[0],
+        torch.cat([TokenLogprobs(plain)(pack([sequence]), TEMPERATURE)[0] for sequence in sequences]),
+    ):
+        (logprobs_N * batch.advantages_N).sum().backward()
+        results.append(logprobs_N.detach())
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    for (name, found), expected in zip(family.named_parameters(), plain.parameters(), strict=True):
+        assert found.grad is not None and expected.grad is not None
+        scale = expected.grad.abs().max().item()
+        assert (found.grad - expected.grad).abs().max().item() <= 1e-5 * max(1.0, scale), name
+
+
+def test_rows_are_taken_where_a_forest_is_not_exact(capped: Gemma2ForCausalLM) -> None:
+    before = capped.config._attn_implementation
+    assert choose_packing(TokenLogprobs(capped), "auto") is ROWS
+    assert capped.config._attn_implementation == before
+    with pytest.raises(ValueError, match=r"learner\.packing: forest: gemma2 cannot"):
+        choose_packing(TokenLogprobs(capped), "forest")
+
+
+def test_rows_can_be_asked_for(tiny: LlamaForCausalLM) -> None:
+    assert choose_packing(TokenLogprobs(tiny), "rows") is ROWS
+
+
+def test_logits_that_cannot_be_reproduced_are_refused(
     capped: Gemma2ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raygym.policy_model._SOFTCAPS", ())
     with pytest.raises(ValueError, match="gemma2 gives other logprobs"):
-        check_model(TokenLogprobs(capped))
+        choose_packing(TokenLogprobs(capped), "auto")
