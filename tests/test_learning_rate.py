@@ -6,10 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_packing import make_sequence
+from torch import Tensor
 from transformers import get_scheduler
 
 from raygym.learner_config import LearnerConfig
 from raygym.learning_rate import learning_rate
+from raygym.packing import MicroBatch
+from raygym.update import PolicyUpdate
 
 SCHEDULES = ["constant", "linear", "cosine"]
 
@@ -65,3 +69,38 @@ def test_a_falling_schedule_wants_to_know_the_end() -> None:
     assert learning_rate(config("constant", 2), 7) == 2e-5
     with pytest.raises(ValueError, match="lr_schedule: cosine falls until the last update"):
         learning_rate(config("cosine", 2), 7)
+
+
+class RecordedRates:
+    """A `TrainEngine` that learns nothing and keeps the rates of its steps."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(batch.target_ids_N), requires_grad=True), torch.zeros(len(batch.target_ids_N))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        self.rates.append(lr)
+        return 0.0
+
+
+def test_updates_that_go_on_later_have_the_rates_of_an_uninterrupted_run() -> None:
+    cfg = config("cosine", 3, 1e-6).model_copy(update={"mini_batches": 2})
+    batch = [make_sequence(8, seed) for seed in range(4)]
+    whole, before, after = RecordedRates(), RecordedRates(), RecordedRates()
+    update = PolicyUpdate(cfg, whole, 1.0, total_updates=10)
+    reported = [update.run(batch)["lr"] for _ in range(5)]
+    first = PolicyUpdate(cfg, before, 1.0, total_updates=10)
+    for _ in range(2):
+        first.run(batch)
+    second = PolicyUpdate(cfg, after, 1.0, total_updates=10)
+    second.updates = first.updates
+    for _ in range(3):
+        second.run(batch)
+    assert before.rates + after.rates == whole.rates
+    assert whole.rates == [learning_rate(cfg, number, 10) for number in range(10)]
+    assert reported == whole.rates[1::2], "what is told is the rate of the step's last update"
