@@ -37,7 +37,7 @@ def add_adapters(policy: Any, config: LoraConfig) -> None:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
             peft.inject_adapter_in_model(options, policy, ADAPTER)

@@ -86,6 +86,7 @@ def test_adapters_are_trained_merged_and_exported(
         weights = whole_weights(group, tmp_path / "policy")
         after = group.token_logprobs(sequences)
         manifests = group.call_all("weight_manifest", 2**16, timeout_s=60)
+        fewer_than_ranks = group.update(sequences[:1])
 
     start = load(model_dir)
     moved = 0.0
@@ -97,6 +98,7 @@ def test_adapters_are_trained_merged_and_exported(
     assert stats["grad_norm"] == pytest.approx(sum(norms[2:]) / 2, rel=1e-4)
     assert stats["loss"] == pytest.approx(loss, abs=1e-5)
     assert stats["reference_kl"] > 0, "the KL is to the policy without adapters"
+    assert np.isfinite(list(fewer_than_ranks.values())).all()
 
     for manifest in manifests:
         check_shapes(manifest, checkpoint_shapes(model_dir), tied_names(model_dir))
