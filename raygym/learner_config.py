@@ -22,7 +22,7 @@ class LoraConfig(Section):
     """Low-rank adapters, trained in place of the policy's own weights; see `raygym.lora`."""
 
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32
+    alpha: PositiveInt = 32
     """What the adapters add is scaled by `alpha` / `rank`."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """`all-linear`: every linear layer but the output head; or the ends of their names, such as `[q_proj, v_proj]`."""

@@ -31,7 +31,7 @@ def add_adapters(policy: Any, config: LoraConfig) -> None:
 
     options = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # it only divides; whole numbers are not needed
+        lora_alpha=config.alpha,
         target_modules=config.target_modules,
         lora_dropout=config.dropout,
         bias="none",
