@@ -113,6 +113,8 @@ class LearnerActor:
         optimizer = self._make_optimizer(model)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
         optimizer.state.clear()
+        # For one rank it would copy all gradients to and fro.
+        self._engine.enable_backward_allreduce &= self.world_size > 1 or not self._plain_optimizer
         self._update = PolicyUpdate(
             config,
             self,
@@ -126,6 +128,11 @@ class LearnerActor:
             flops=flops,
             peak_flops=self._peak_flops(),
         )
+
+    @property
+    def _plain_optimizer(self) -> bool:
+        """The optimizer is PyTorch's own, of the policy's own parameters: DeepSpeed has none between."""
+        return self.config.zero_stage == 0 and self.config.dtype == "float32"
 
     def _peak_flops(self) -> float | None:
         """What this rank's device can do in `dtype`, operations a second."""
@@ -169,7 +176,7 @@ class LearnerActor:
             "train_micro_batch_size_per_gpu": 1,
             # Micro-batches differ in number from update to update, so the boundary is set by hand instead.
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.config.grad_clip,
+            "gradient_clipping": 0.0 if self._plain_optimizer else self.config.grad_clip,  # see `step`
         }
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
@@ -200,13 +207,14 @@ class LearnerActor:
         """Of `TrainEngine`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        norm: Any = None
-        if self.config.zero_stage == 0 and self.config.dtype == "float32":
-            # Without ZeRO DeepSpeed clips without telling the norm; gradients are whole and reduced by now.
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        norm: Tensor | None = None
+        if self._plain_optimizer:
+            # Then DeepSpeed clips without telling the norm. Gradients are whole and reduced by now.
+            trained = [p for p in self._engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if not norm.isfinite():
                 return float(norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.grad_clip, norm)
         # Its other optimizers look at the norm themselves, and step only where it is finite.
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
