@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from raygym.argument_types import at_least_one
+from raygym.check_options import add_options
 from raygym.config import ConfigError, RunConfig
-from raygym.config_file import dump_config, load_config
+from raygym.config_file import load_config
 from raygym.rollout_store import Request
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options)
         config = load_config(options.config, options.overrides)
         if options.command == "config":
-            return _check(config)
+            return _check(config, options)
         return _run(options.command, config)
     except ConfigError as error:
         print(f"raygym: {error}", file=sys.stderr)
@@ -75,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_rollout(commands)
     config = commands.add_parser("config", help="check a run config", description="Work with run configs.")
     check = config.add_subparsers(dest="config_command", required=True, metavar="COMMAND").add_parser(
-        "check", help="validate a run config and print it with every default"
+        "check", help="validate a run config, print it with every default, and tell what the run needs"
     )
     _with_config(check, "config check")
+    add_options(check)
     env = commands.add_parser("env", help="check an environment", description="Work with environments.")
     check = env.add_subparsers(dest="env_command", required=True, metavar="COMMAND").add_parser(
         "check",
@@ -104,20 +107,14 @@ def _add_rollout(commands: Any) -> None:
     _with_config(parser, "rollout")
     parser.epilog = "example: raygym rollout configs/demo.yaml --tasks 100 --samples 8 --temperature 1"
     parser.add_argument(
-        "--tasks", type=_at_least_one, metavar="N", help="default: validation.tasks of the config, or 64"
+        "--tasks", type=at_least_one, metavar="N", help="default: validation.tasks of the config, or 64"
     )
-    parser.add_argument("--samples", type=_at_least_one, metavar="K", default=1, help="episodes of each (default: 1)")
+    parser.add_argument("--samples", type=at_least_one, metavar="K", default=1, help="episodes of each (default: 1)")
     parser.add_argument("--split", choices=("train", "validation"), default="validation", help="default: validation")
     parser.add_argument("--temperature", type=float, metavar="T", help="default: what the config says for the split")
     parser.add_argument("--success", type=float, metavar="R", default=1.0, help="its reward, for pass@k (default: 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: rollouts/<name of the run>")
     parser.add_argument("--fresh", action="store_true", help="move an earlier folder aside instead of going on in it")
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
 
 
 def _rollout(options: argparse.Namespace) -> int:
@@ -142,11 +139,12 @@ def _train(options: argparse.Namespace) -> int:
     return _run("train", load_config(options.config, options.overrides), train)
 
 
-def _check(config: RunConfig) -> int:
-    prepared = importlib.import_module("raygym.preflight").check_inputs(config)
-    print(dump_config(config), end="")
-    print(f"# policy files: {prepared.model_dir}")
-    return DONE
+def _check(config: RunConfig, options: argparse.Namespace) -> int:
+    text, problems = importlib.import_module("raygym.config_check").check(config, options)
+    print(text, end="")
+    for problem in problems:
+        print(f"raygym: {problem}", file=sys.stderr)
+    return BAD_USAGE if problems else DONE
 
 
 def _check_env(env_id: str, kwargs_text: str, turns: int) -> int:

@@ -33,9 +33,28 @@ def check_engine_options(config: PolicyConfig) -> None:
         for key in config.vllm:
             if key not in known:
                 raise ConfigError(_unknown("policy.vllm", key, known))
+    if config.engine == "vllm":
+        _check_parallelism(config)
     length = config.vllm.get("max_model_len", 2)
     if type(length) is not int or length < 2:
         raise ConfigError(f"policy.vllm.max_model_len: expected an integer of at least 2 tokens, found {length!r}")
+
+
+def _check_parallelism(config: PolicyConfig) -> None:
+    """Ray gives an engine `gpus_per_replica` GPUs, and vLLM starts a process for each rank of both its sizes."""
+    ranks = 1
+    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = config.vllm.get(key, 1)
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"policy.vllm.{key}: expected a number of GPUs from 1, found {size!r}")
+        ranks *= size
+    gpus = config.gpus_per_replica
+    if gpus == ranks or gpus == 0 or (gpus < 1 and ranks == 1):
+        return
+    raise ConfigError(
+        f"policy.gpus_per_replica: {gpus:g}, but an engine's tensor_parallel_size x pipeline_parallel_size "
+        f"(policy.vllm) is {ranks}; expected the two to be equal"
+    )
 
 
 def _simulated_problem(error: ValidationError) -> str:

@@ -75,9 +75,31 @@ def resolve_policy(model: str) -> Path:
         return _check_files(path.resolve(), model)
     if path.is_file():
         raise ModelError(model, "is a file; expected the directory around it")
-    if _HUB_ID.fullmatch(model):
+    if is_hub_id(model):
         return _download(model)
     raise ModelError(model, f"not found; expected {ACCEPTED}")
+
+
+def find_policy(model: str) -> Path | None:
+    """As `resolve_policy`, but None where the files would have to be downloaded: nobody is asked for anything.
+
+    Raises:
+        ModelError: no accepted form fits, files are missing, or the build cannot be done.
+    """
+    if not is_hub_id(model) or Path(model).expanduser().is_dir():
+        return resolve_policy(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _check_files(Path(snapshot_download(model, local_files_only=True)), model)
+    except (LocalEntryNotFoundError, ModelError):
+        return None  # nothing of it is in the cache, or not all
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether it reads like `owner/name`."""
+    return _HUB_ID.fullmatch(model) is not None
 
 
 def stop_token_ids(model_dir: Path) -> tuple[int, ...]:

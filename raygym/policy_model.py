@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from raygym.logit_chunk import CHUNK_LOGITS
 from raygym.packing import MicroBatch
 from raygym.token_logprobs import token_logprobs
 
-CHUNK_LOGITS = 2**28
-"""Logits (C x V) kept at a time; 1 GiB in fp32. Nothing else of this size is kept with them."""
 # How configs name what is done to logits after the output head's matrix product.
 _SOFTCAPS, _FACTORS, _DIVISORS = (
     ("final_logit_softcapping",),

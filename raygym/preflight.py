@@ -10,8 +10,8 @@ from raygym.config import ConfigError, RunConfig
 from raygym.deepspeed_options import unknown_option
 from raygym.engine_options import check_engine_options
 from raygym.env import EnvError, make_env
-from raygym.models import ModelError, resolve_policy
-from raygym.nemo_gym.config import NemoGymConfig, NemoGymError
+from raygym.models import ModelError, find_policy, resolve_policy
+from raygym.nemo_gym.config import NemoGymConfig, NemoGymError, NemoGymMissing
 from raygym.nemo_gym.play import prepare
 from raygym.nemo_gym.resolve import Policy
 
@@ -23,12 +23,48 @@ class Prepared:
     model_dir: str
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a machine that need not be the run's can tell of its inputs."""
+
+    model_dir: str | None
+    """The policy's files; None where they are not here."""
+    missing: tuple[str, ...]
+    """What is not here, so that nothing can be said of it."""
+
+
 def check_inputs(config: RunConfig) -> Prepared:
     """Find the policy's files and make each environment once.
 
     Raises:
         ConfigError: what is missing, and the key that names it.
     """
+    _check_all_but_policy(config)
+    try:
+        return Prepared(str(resolve_policy(config.policy.model)))
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_what_is_here(config: RunConfig) -> Checked:
+    """As `check_inputs`, but nothing is downloaded, and what is not on this machine is told instead of refused.
+
+    Raises:
+        ConfigError: what is wrong, and the key that names it.
+    """
+    missing: list[str] = []
+    _check_all_but_policy(config, missing)
+    try:
+        found = find_policy(config.policy.model)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    if found is None:
+        missing.append(f"policy.model: the files of {config.policy.model} are not here; a run downloads them")
+    return Checked(str(found) if found is not None else None, tuple(missing))
+
+
+def _check_all_but_policy(config: RunConfig, missing: list[str] | None = None) -> None:
+    """Of what is not here, `missing` is told; without it, that is an error like others."""
     if os.getcwd() not in sys.path:
         # `module:Class` environments of the user's live where the command is run.
         sys.path.insert(0, os.getcwd())
@@ -41,14 +77,14 @@ def check_inputs(config: RunConfig) -> Prepared:
                 _check_nemo_gym(env.nemo_gym, config)
             else:
                 make_env(env.id, env.kwargs)
+        except NemoGymMissing as error:
+            if missing is None:
+                raise ConfigError(f"envs.{index}.nemo_gym.{error}") from error
+            missing.append(f"envs.{index}.nemo_gym.{error}")
         except NemoGymError as error:
             raise ConfigError(f"envs.{index}.nemo_gym.{error}") from error
         except EnvError as error:
             raise ConfigError(f"envs.{index}: {error}") from error
-    try:
-        return Prepared(str(resolve_policy(config.policy.model)))
-    except ModelError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _check_nemo_gym(section: NemoGymConfig, config: RunConfig) -> None:

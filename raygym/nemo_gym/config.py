@@ -14,6 +14,10 @@ class NemoGymError(ValueError):
     """NeMo Gym cannot be used as configured. The text begins with the key below `envs[].nemo_gym`."""
 
 
+class NemoGymMissing(NemoGymError):
+    """Something that a run needs is not on this machine: NeMo Gym itself, or a dataset."""
+
+
 class NemoGymConfig(BaseModel):
     """One environment made of NeMo Gym's servers."""
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from raygym.models import cache_dir
-from raygym.nemo_gym.config import NemoGymError
+from raygym.nemo_gym.config import NemoGymError, NemoGymMissing
 
 VERSION = "0.7.0"
 """The NeMo Gym that `make nemo-gym` installs and that the tests run against."""
@@ -29,7 +29,7 @@ def find_interpreter(configured: str) -> str:
         return str(path.absolute())
     if configured:
         raise NemoGymError(f"interpreter: {configured!r} is no executable file; expected a Python with nemo-gym")
-    raise NemoGymError(
+    raise NemoGymMissing(
         f"interpreter: NeMo Gym {VERSION} is not prepared here; run `make nemo-gym` once, or name a Python that has it"
     )
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from raygym.nemo_gym.config import NemoGymError
+from raygym.nemo_gym.config import NemoGymError, NemoGymMissing
 from raygym.nemo_gym.layout import AGENTS, RESOURCES, Layout
 from raygym.nemo_gym.resolve import Resolved
 
@@ -135,4 +135,4 @@ def _existing(resolved: Resolved, path: str, what: str, entry: Mapping[str, Any]
             return str(candidate.absolute())
     hub = ((entry or {}).get("huggingface_identifier") or {}).get("repo_id")
     fetch = f"; NeMo Gym has it on the Hugging Face hub as {hub}: fetch it and give its path" if hub else ""
-    raise NemoGymError(f"{what} is not there (looked in the current directory and in {resolved.root}){fetch}")
+    raise NemoGymMissing(f"{what} is not there (looked in the current directory and in {resolved.root}){fetch}")
