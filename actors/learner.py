@@ -23,13 +23,17 @@ from raygym.actors.collective import join_group, leave_group
 from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.actors.weight_sender import send_version
 from raygym.config import LearnerConfig
+from raygym.deepspeed_options import offload_device
+from raygym.gradient_checkpointing import enable_gradient_checkpointing
 from raygym.learner_state import Gang, TrainState, load_learner_state, save_learner_state
+from raygym.lora import adapter_parameters, add_adapters, save_adapter, set_dropout, without_adapters
 from raygym.model_flops import ModelFlops, known_peak_tflops
 from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import Packing, choose_packing
+from raygym.policy_weights import policy_weights
 from raygym.types import Float32Array, TrainSequence
-from raygym.update import LearnStats, PolicyUpdate
+from raygym.update import LearnStats, PolicyUpdate, Reference
 from raygym.weights import Manifest, plan_manifest
 
 logger = logging.getLogger(__name__)
@@ -38,12 +42,21 @@ logger = logging.getLogger(__name__)
 class LearnerActor:
     """A rank of the gang. `setup` before anything else, on all ranks at once; so are all methods that say so."""
 
-    def __init__(self, rank: int, world_size: int, model_dir: str, config: LearnerConfig, temperature: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        model_dir: str,
+        config: LearnerConfig,
+        temperature: float,
+        total_updates: int | None = None,
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.config = config
         self._model_dir = model_dir
         self._temperature = temperature
+        self._total_updates = total_updates
         self._weight_group = ""
         self._device = torch.device("cuda" if config.gpus_per_learner else "cpu")
 
@@ -89,17 +102,19 @@ class LearnerActor:
             timeout=timedelta(seconds=config.update_timeout_s),
         )
         self.policy = self._load_policy()
+        if config.lora is not None:
+            add_adapters(self.policy, config.lora)
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.policy)
         model = TokenLogprobs(self.policy)
         packing = choose_packing(model, config.packing)
         logger.info("learner.packing: %s", packing.name)
         flops = ModelFlops.of(self.policy)
-        # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
-        # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        optimizer = self._make_optimizer(model)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
         optimizer.state.clear()
+        # For one rank it would copy all gradients to and fro.
+        self._engine.enable_backward_allreduce &= self.world_size > 1 or not self._plain_optimizer
         self._update = PolicyUpdate(
             config,
             self,
@@ -108,10 +123,16 @@ class LearnerActor:
             rank=self.rank,
             world_size=self.world_size,
             device=self._device,
-            reference=self._load_reference(packing) if config.kl_coef else None,
+            reference=self._starting_policy(packing) if config.kl_coef else None,
+            total_updates=self._total_updates,
             flops=flops,
             peak_flops=self._peak_flops(),
         )
+
+    @property
+    def _plain_optimizer(self) -> bool:
+        """The optimizer is PyTorch's own, of the policy's own parameters: DeepSpeed has none between."""
+        return self.config.zero_stage == 0 and self.config.dtype == "float32"
 
     def _peak_flops(self) -> float | None:
         """What this rank's device can do in `dtype`, operations a second."""
@@ -120,7 +141,19 @@ class LearnerActor:
             tflops = known_peak_tflops(torch.cuda.get_device_name())
         return tflops * 1e12 if tflops is not None else None
 
-    def _load_reference(self, packing: Packing) -> TokenLogprobs:
+    def _make_optimizer(self, model: TokenLogprobs) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # lr is set before every step. It is 0 until then, since DeepSpeed's bf16 optimizer without ZeRO makes a step of
+        # its own when it is built: it must move nothing, nor count in Adam's bias correction (0.73 of the first step).
+        options: dict[str, Any] = {"lr": 0.0, "betas": self.config.betas, "weight_decay": self.config.weight_decay}
+        if offload_device(self.config.deepspeed, "offload_optimizer") == "none":
+            return torch.optim.AdamW(trained, fused=True, **options)
+        offloaded: torch.optim.Optimizer = self._deepspeed.ops.adam.DeepSpeedCPUAdam(trained, **options)
+        return offloaded
+
+    def _starting_policy(self, packing: Packing) -> Reference:
+        if self.config.lora is not None:
+            return without_adapters(self._engine.module)
         reference = TokenLogprobs(self._load_policy())
         choose_packing(reference, packing.name)
         return reference
@@ -131,16 +164,19 @@ class LearnerActor:
         return policy.to(self._device).eval()
 
     def _deepspeed_config(self) -> dict[str, Any]:
+        bf16 = self.config.dtype == "bfloat16"
+        # Micro-batches add up in fp32. Without ZeRO DeepSpeed knows only gradients of the weights' own dtype.
+        accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and self.config.zero_stage else {}
         return {
-            "bf16": {"enabled": self.config.dtype == "bfloat16"},
             "steps_per_print": 2**31,
-            "zero_force_ds_cpu_optimizer": False,
+            **accumulation,
             **self.config.deepspeed,
+            "bf16": {**self.config.deepspeed.get("bf16", {}), "enabled": bf16},
             "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": 1,
             # Micro-batches differ in number from update to update, so the boundary is set by hand instead.
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.config.grad_clip,
+            "gradient_clipping": 0.0 if self._plain_optimizer else self.config.grad_clip,  # see `step`
         }
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
@@ -157,6 +193,8 @@ class LearnerActor:
 
     def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Of `TrainEngine`."""
+        if self.config.lora is not None and self.config.lora.dropout:
+            set_dropout(self.policy, torch.is_grad_enabled())
         logprobs_N, entropies_N = self._engine(batch, self._temperature)
         return logprobs_N, entropies_N
 
@@ -169,33 +207,35 @@ class LearnerActor:
         """Of `TrainEngine`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        norm: Any = None
-        if self.config.zero_stage == 0 and self.config.dtype == "float32":
-            # Without ZeRO DeepSpeed clips without telling the norm; gradients are whole and reduced by now.
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        norm: Tensor | None = None
+        if self._plain_optimizer:
+            # Then DeepSpeed clips without telling the norm. Gradients are whole and reduced by now.
+            trained = [p for p in self._engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if not norm.isfinite():
                 return float(norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.grad_clip, norm)
         # Its other optimizers look at the norm themselves, and step only where it is finite.
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def weight_specs(self) -> list[tuple[str, tuple[int, ...]]]:
         """Hugging Face name and whole shape of every parameter, in order; a tied tensor once, under its first name."""
-        # Under ZeRO-3 a parameter's own shape is empty between uses; DeepSpeed keeps the whole one aside.
-        return [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self.policy.named_parameters()]
+        return [(name, weight.shape) for name, weight in policy_weights(self.policy).items()]
 
     @torch.no_grad()
     def iter_weights(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named weights, whole, as contiguous CPU tensors of `learner.dtype`. All ranks at once, to the end.
+        """The named weights, whole, adapters merged, as contiguous CPU tensors of `learner.dtype`.
+
+        All ranks at once, to the end.
 
         Under ZeRO-3 the names are gathered together, so a call should name one bucket. A tensor is valid until the
         next one is asked for, and may be the live parameter itself: read it, do not keep it.
         """
-        parameters = dict(self.policy.named_parameters())
-        with self._gathered([parameters[name] for name in names]):
+        weights = policy_weights(self.policy)
+        with self._gathered([parameter for name in names for parameter in weights[name].parameters]):
             for name in names:
-                yield name, parameters[name].detach().cpu().contiguous()
+                yield name, weights[name].merged().cpu().contiguous()
 
     def _gathered(self, parameters: list[Any]) -> AbstractContextManager[Any]:
         if self.config.zero_stage < 3:
@@ -220,6 +260,8 @@ class LearnerActor:
     def save_hf(self, path: str) -> None:
         """Write a Hugging Face directory: weights, config, tokenizer, generation config. All ranks at once.
 
+        With `learner.lora` the weights are merged ones, and a folder `adapter` holds the adapters in peft's format.
+
         Rank 0 writes, to a name beside `path` that is renamed when whole. The parent must be reachable from rank 0's
         node. A directory already at `path` is replaced.
         """
@@ -228,6 +270,10 @@ class LearnerActor:
             for _, weight in self.iter_weights([name]):
                 if self.rank == 0:
                     state[name] = weight.clone()
+        adapters: dict[str, Tensor] = {}
+        for name, parameter in adapter_parameters(self.policy).items():
+            with self._gathered([parameter]):
+                adapters[name] = parameter.detach().to("cpu", copy=True)
         if self.rank == 0:
             known = {name for name, _ in self.policy.named_parameters(remove_duplicate=False)}
             state |= {name: value.cpu() for name, value in self.policy.state_dict().items() if name not in known}
@@ -236,6 +282,8 @@ class LearnerActor:
             shutil.rmtree(partial, ignore_errors=True)
             self.policy.save_pretrained(partial, state_dict=state)
             AutoTokenizer.from_pretrained(self._model_dir).save_pretrained(partial)
+            if adapters:
+                save_adapter(self.policy, adapters, self._model_dir, partial / "adapter")
             if final.exists():
                 shutil.rmtree(final)
             partial.replace(final)

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from raygym.actors.learner import LearnerActor
+from raygym.actors.learner_placement import LearnerPlacement, PlacementError
 from raygym.config import LearnerConfig
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats
@@ -25,8 +26,9 @@ class LearnerError(RuntimeError):
 class LearnerGroup:
     """The gang of `num_learners` ranks. Build it with `launch`, then `wait_ready` before anything else."""
 
-    def __init__(self, actors: list[Any], config: LearnerConfig) -> None:
+    def __init__(self, actors: list[Any], config: LearnerConfig, placement: LearnerPlacement) -> None:
         self.actors = actors
+        self._placement = placement
         self.config = config
         self._launched = time.monotonic()
         # Ray resolves the rendezvous before it calls setup, so the whole start runs without the driver.
@@ -34,14 +36,32 @@ class LearnerGroup:
         self._ready = [actor.setup.remote(rendezvous) for actor in actors]
 
     @classmethod
-    def launch(cls, config: LearnerConfig, model_dir: str, temperature: float) -> LearnerGroup:
-        """Start all ranks and return at once; they load in the background."""
-        return cls([_start_rank(rank, config, model_dir, temperature) for rank in range(config.num_learners)], config)
+    def launch(
+        cls, config: LearnerConfig, model_dir: str, temperature: float, total_updates: int | None = None
+    ) -> LearnerGroup:
+        """Start all ranks and return at once; they load in the background.
+
+        Args:
+            config: `learner` of the run.
+            model_dir: the policy's files, on every node.
+            temperature: of the sampling.
+            total_updates: of the whole run; needed where `lr_schedule` falls.
+        """
+        placement = LearnerPlacement.reserve(config)
+        actors = [
+            _start_rank(rank, placement, config, model_dir, temperature, total_updates)
+            for rank in range(config.num_learners)
+        ]
+        return cls(actors, config, placement)
 
     def wait_ready(self) -> None:
         """Block until every rank is set up. The deadline, `startup_timeout_s`, counts from `launch`."""
-        left = self._launched + self.config.startup_timeout_s - time.monotonic()
-        self._collect(self._ready, "setup", max(0.0, left))
+        deadline = self._launched + self.config.startup_timeout_s
+        try:
+            self._placement.wait_placed(max(0.0, deadline - time.monotonic()))
+        except PlacementError as error:
+            raise LearnerError(str(error)) from error
+        self._collect(self._ready, "setup", max(0.0, deadline - time.monotonic()))
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
         """One step's optimizer updates; see `LearnerActor.update`."""
@@ -106,9 +126,17 @@ class LearnerGroup:
         ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
         for actor in self.actors:
             ray.kill(actor)
+        self._placement.release()
 
 
-def _start_rank(rank: int, config: LearnerConfig, model_dir: str, temperature: float) -> Any:
+def _start_rank(
+    rank: int,
+    placement: LearnerPlacement,
+    config: LearnerConfig,
+    model_dir: str,
+    temperature: float,
+    total_updates: int | None,
+) -> Any:
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.num_learners)
     environment = {"OMP_NUM_THREADS": str(threads)}
     if not config.gpus_per_learner:
@@ -116,8 +144,9 @@ def _start_rank(rank: int, config: LearnerConfig, model_dir: str, temperature: f
     options = {
         # No CPU reserved: learners and engines take turns on the same cores, and a small machine has few.
         "num_cpus": 0,
-        "num_gpus": config.gpus_per_learner,
         "runtime_env": {"env_vars": environment},
         "max_restarts": 0,
+        **placement.options(rank),
     }
-    return ray.remote(LearnerActor).options(**options).remote(rank, config.num_learners, model_dir, config, temperature)
+    actor = ray.remote(LearnerActor).options(**options)
+    return actor.remote(rank, config.num_learners, model_dir, config, temperature, total_updates)

@@ -96,7 +96,8 @@ class Session:
         deploying = pool.submit(serving.deploy, config.name, config.policy, self._model_dir, self.port, front)
         pool.shutdown(wait=False)
         if self._learning:
-            self._learners = LearnerGroup.launch(config.learner, self._model_dir, config.rollout.temperature)
+            updates = config.steps * config.learner.mini_batches
+            self._learners = LearnerGroup.launch(config.learner, self._model_dir, config.rollout.temperature, updates)
         if self._rolling_out:
             self._nemo_gym = NemoGym(config, self.url, config.run_dir / "nemo_gym" if self._learning else None)
             max_model_len = serving.context_length(config.policy, self._model_dir)

@@ -191,6 +191,8 @@ class SyncConfig(Section):
     on_update: OnUpdate = "keep"
     """Turns that run when new weights come: `keep`, they go on with the new ones; `finish_turn`, they are waited for;
     `restart_turn`, they begin again with the new ones."""
+    lora: Literal["merged"] = "merged"
+    """What is sent of a policy with `learner.lora`: its weights with the adapters in them, so engines know of none."""
     finish_timeout_s: PositiveFloat = 30
     """With `finish_turn`, how long a turn is waited for; what then still runs is kept. A part of `timeout_s`."""
 
@@ -290,6 +292,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"learner.mini_batches: {learner.mini_batches} does not divide rollout.groups_per_step "
                 f"{rollout.groups_per_step}; expected a divisor of it"
+            )
+        updates = self.steps * learner.mini_batches
+        if learner.lr_schedule != "constant" and self.steps and learner.warmup_steps >= updates:
+            raise ValueError(
+                f"learner.warmup_steps: {learner.warmup_steps} leaves nothing of the run's {updates} updates (steps x "
+                f"learner.mini_batches) to learner.lr_schedule: {learner.lr_schedule}; expected less than {updates}"
             )
         if rollout.over_sampling and rollout.order == "task":
             raise ValueError("rollout.over_sampling: needs rollout.order: completion, since it drops the slowest tasks")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raygym.config_section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from raygym.config_section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from raygym.deepspeed_options import check_deepspeed
 from raygym.method_config import MethodConfig
 
-# DeepSpeed keys that raygym computes itself, from the batch and the rank count.
-_DEEPSPEED_OWNED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-)
 PackingName = Literal["auto", "forest", "rows"]
+LrSchedule = Literal["constant", "linear", "cosine"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, trained in place of the policy's own weights; see `raygym.lora`."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    """What the adapters add is scaled by `alpha` / `rank`."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """`all-linear`: every linear layer but the output head; or the ends of their names, such as `[q_proj, v_proj]`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters' inputs, in updates only. Above 0 the ratio to the engine's policy is noisy."""
 
 
 class LearnerConfig(MethodConfig):
@@ -29,6 +34,9 @@ class LearnerConfig(MethodConfig):
     lr: PositiveFloat = 1e-6
     warmup_steps: NonNegativeInt = 0
     """Optimizer updates over which the learning rate rises linearly to `lr`."""
+    lr_schedule: LrSchedule = "constant"
+    """What follows: `linear` and `cosine` fall to `lr_min` at the end of the run."""
+    lr_min: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: PositiveFloat = 1.0
@@ -41,8 +49,15 @@ class LearnerConfig(MethodConfig):
     threads: NonNegativeInt = 0
     """CPU threads of one learner; 0 shares the cores among the learners."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, activations and what is sent to the engines. The optimizer's own weights are fp32 with both."""
     peak_tflops: PositiveFloat | None = None
     """What one learner's device can do in `dtype`, for `learn/mfu`; known of usual GPUs in bfloat16."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time in the backward pass rather than keep what it computed."""
+    lora: LoraConfig | None = None
+    """Train adapters; None trains all weights."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Of the ranks' GPUs: on as few nodes as possible, or on as many."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed; `zero_optimization: {stage: 0..3}` chooses the ZeRO stage."""
     startup_timeout_s: PositiveFloat = 600
@@ -50,12 +65,18 @@ class LearnerConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _deepspeed_owned(self) -> LearnerConfig:
-        for key in _DEEPSPEED_OWNED:
-            if key in self.deepspeed:
-                raise ValueError(f"deepspeed.{key} is set by raygym from the batch; remove it")
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-            raise ValueError("deepspeed.zero_optimization must be a mapping with stage: 0, 1, 2 or 3")
+        check_deepspeed(self.deepspeed)
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_falls(self) -> LearnerConfig:
+        if self.lr_min and self.lr_schedule == "constant":
+            raise ValueError(
+                f"lr_min: {self.lr_min:g} is used by lr_schedule: linear or cosine only; found lr_schedule: constant; "
+                f"remove one of them"
+            )
+        if self.lr_min > self.lr:
+            raise ValueError(f"lr_min: {self.lr_min:g} is above lr {self.lr:g}; expected at most that")
         return self
 
     @property

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from raygym.config import ConfigError, RunConfig
+from raygym.deepspeed_options import unknown_option
 from raygym.engine_options import check_engine_options
 from raygym.env import EnvError, make_env
 from raygym.models import ModelError, find_policy, resolve_policy
@@ -68,6 +69,8 @@ def _check_all_but_policy(config: RunConfig, missing: list[str] | None = None) -
         # `module:Class` environments of the user's live where the command is run.
         sys.path.insert(0, os.getcwd())
     check_engine_options(config.policy)
+    if problem := unknown_option(config.learner.deepspeed):
+        raise ConfigError(f"learner.{problem}")
     for index, env in enumerate(config.envs):
         try:
             if env.nemo_gym is not None:

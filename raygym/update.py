@@ -19,14 +19,16 @@ from torch import Tensor
 
 from raygym.algorithms.objective import Objective, loss_divisor, objective
 from raygym.learner_config import LearnerConfig
+from raygym.learning_rate import learning_rate
 from raygym.model_flops import ModelFlops
 from raygym.packing import MicroBatch
-from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import ROWS, Packing
 from raygym.types import Float32Array, TrainSequence
 from raygym.update_statistics import LearnStats, UpdateStatistics
 
 ComputeLogprobs = Callable[[MicroBatch], tuple[Tensor, Tensor]]
+Reference = Callable[[MicroBatch, float], tuple[Tensor, Tensor]]
+"""The starting policy: what `TokenLogprobs` gives for a micro-batch and a temperature."""
 
 __all__ = ["LearnStats", "PolicyUpdate", "TrainEngine"]
 
@@ -60,7 +62,8 @@ class PolicyUpdate:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
-        reference: TokenLogprobs | None = None,
+        reference: Reference | None = None,
+        total_updates: int | None = None,
         flops: ModelFlops | None = None,
         peak_flops: float | None = None,
     ) -> None:
@@ -75,6 +78,7 @@ class PolicyUpdate:
             world_size: how many ranks there are; with 1 there need not be a process group.
             device: where the policy is; the CPU by default.
             reference: the starting policy, where `kl_coef` is above 0.
+            total_updates: of the whole run; needed where `lr_schedule` falls.
             flops: what the policy's arithmetic costs, for `tflops_per_s`.
             peak_flops: operations a second that the device of one rank can do, for `mfu`.
         """
@@ -88,6 +92,7 @@ class PolicyUpdate:
         self._reference = reference
         self._flops = flops
         self._peak_flops = peak_flops
+        self._total_updates = total_updates
         self.updates = 0
         """Optimizer updates that were made."""
 
@@ -235,4 +240,4 @@ class PolicyUpdate:
         return not refused.item()
 
     def _lr(self, update: int) -> float:
-        return self._config.lr * min(1.0, (update + 1) / max(1, self._config.warmup_steps))
+        return learning_rate(self._config, update, self._total_updates)

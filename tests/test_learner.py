@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.learner_group import LearnerError, LearnerGroup
 from raygym.config import LearnerConfig
+from raygym.learner_config import LoraConfig
+from raygym.lora import add_adapters
 from raygym.models import resolve_policy
 from raygym.types import TrainSequence
 
@@ -71,6 +73,10 @@ def model_dir() -> Path:
 
 @pytest.fixture(scope="module")
 def sequences(model_dir: Path) -> list[TrainSequence]:
+    return make_sequences(model_dir)
+
+
+def make_sequences(model_dir: Path) -> list[TrainSequence]:
     """Twelve sequences whose behaviour logprobs are the policy's own with noise, so that some ratios are clipped."""
     model, rng, made = load(model_dir), np.random.default_rng(5), []
     for seed, length in enumerate(LENGTHS):
@@ -82,10 +88,15 @@ def sequences(model_dir: Path) -> list[TrainSequence]:
     return made
 
 
-def plain_updates(model_dir: Path, sequences: list[TrainSequence], updates: int) -> tuple[Any, list[float], float]:
+def plain_updates(
+    model_dir: Path, sequences: list[TrainSequence], updates: int, lora: LoraConfig | None = None
+) -> tuple[Any, list[float], float]:
     """The same algorithm, written plainly: one sequence at a time, one process. Returns also norms and last loss."""
     model, reference, cfg, norms, losses = load(model_dir), load(model_dir), config(), [], []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    if lora is not None:
+        add_adapters(model, lora)
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained_parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     half = len(sequences) // 2
     for update in range(updates):
         part = sequences[:half] if update % 2 == 0 else sequences[half:]
@@ -102,7 +113,7 @@ def plain_updates(model_dir: Path, sequences: list[TrainSequence], updates: int)
             total = total + (cfg.kl_coef * kl - surrogate).sum()
         optimizer.zero_grad()
         (total / count).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained_parameters, cfg.grad_clip)))
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (update + 1) / cfg.warmup_steps)
         optimizer.step()

@@ -1,0 +1,60 @@
+"""What DeepSpeed has no option for, compared with DeepSpeed's own source."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_config import MINIMAL
+
+from raygym.config import ConfigError
+from raygym.config_file import parse_config
+from raygym.deepspeed_options import TOP_LEVEL, unknown_option, zero_fields
+from raygym.preflight import check_inputs
+
+
+def zero(**options: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3, **options}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, ["deepspeed.zero_optimisation", "did you mean zero_optimization?"]),
+        ({"stage": 3}, ["deepspeed.stage", "did you mean zero_optimization.stage?"]),
+        (zero(offload_optimiser={}), ["zero_optimization.offload_optimiser", "offload_optimizer"]),
+        (zero(offload_param={"device": "cpu", "pinned": True}), ["offload_param.pinned", "pin_memory"]),
+        (zero(offload_optimizer={"ratio": 0.3, "x": 1}), ["offload_optimizer.x", "expected one of", "ratio"]),
+    ],
+)
+def test_a_mistyped_option_is_named(options: dict[str, Any], words: list[str]) -> None:
+    problem = unknown_option(options)
+    assert problem is not None and all(word in problem for word in words), problem
+
+
+def test_what_deepspeed_knows_is_let_through() -> None:
+    every = {name: True for name in TOP_LEVEL}
+    assert unknown_option({**every, "zero_optimization": dict.fromkeys(zero_fields(""), None)}) is None
+    assert (
+        unknown_option(zero(stage3_prefetch_bucket_size=0, offload_param={"device": "cpu", "nvme_path": "x"})) is None
+    )
+
+
+def test_every_known_key_is_one_that_the_installed_deepspeed_reads() -> None:
+    spec = find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parent
+    sources = [*root.glob("runtime/**/*.py"), *root.glob("*/co*.py"), *root.glob("profiling/*.py")]
+    named = {word for path in sources for word in re.findall(r"[\"'](\w+)[\"']", path.read_text(encoding="utf-8"))}
+    assert named >= TOP_LEVEL, TOP_LEVEL - named
+    assert {"stage", "stage3_max_live_parameters", "offload_param"} <= zero_fields("")
+    assert {"device", "nvme_path", "pin_memory"} <= zero_fields("offload_param") & zero_fields("offload_optimizer")
+
+
+def test_it_is_told_before_a_run_starts() -> None:
+    config = parse_config({**MINIMAL, "learner": {"deepspeed": {"zero_optimisation": {}}}})
+    with pytest.raises(ConfigError, match=r"learner\.deepspeed\.zero_optimisation"):
+        check_inputs(config)
