@@ -73,7 +73,7 @@ def train_sequences(rollouts: Rollouts, advantages: np.ndarray) -> list[TrainSeq
     ):
         before = np.zeros(len(prompt), dtype=np.float32)
         sequences.append(
-            TrainSequence(
+            TrainSequence.uniform(
                 token_ids=np.concatenate([prompt, completion]),
                 loss_mask=np.arange(len(prompt) + len(completion)) >= len(prompt),
                 logprobs=np.concatenate([before, logprobs]),
