@@ -139,7 +139,7 @@ class _Cascade(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scale: float) -> Tensor:
         out = torch.empty_like(query)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        lse = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for queries, keys in _parts(nodes):
             causal = queries == keys
             seen = (_for_each_head(states[:, keys], query.shape[1]) for states in (key, value))

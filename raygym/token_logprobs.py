@@ -20,7 +20,9 @@ _DEFAULT_BLOCK_BYTES = 2**28
 
 
 def token_logprobs(logits_CV: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of each target ID its log-probability, and the entropy of its distribution, in nats, fp32. Both with gradient.
+    """Of each target ID its log-probability, and the entropy of its distribution, in nats. Both with gradient.
+
+    They are fp32, or float64 as the logits are.
 
     Args:
         logits_CV: of any float type. Nobody else may need their values in a backward pass, which overwrites them; so
@@ -35,7 +37,7 @@ def token_logprobs(logits_CV: Tensor, target_ids_C: Tensor, temperature: float) 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_CV: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        normalizers_C = torch.empty(len(logits_CV), dtype=torch.float32, device=logits_CV.device)
+        normalizers_C = torch.empty(len(logits_CV), dtype=_precision(logits_CV), device=logits_CV.device)
         entropies_C = torch.empty_like(normalizers_C)
         for rows in _blocks(logits_CV):
             z_RV = _scaled(logits_CV[rows], temperature)
@@ -44,9 +46,9 @@ class _TokenLogprobs(torch.autograd.Function):
             sums_R = weights_RV.sum(-1)
             normalizers_C[rows] = largest_R + sums_R.log()
             # A logit of -inf has no weight; 0 x -inf would be NaN.
-            terms_RV = weights_RV.mul_(z_RV.clamp(min=torch.finfo(torch.float32).min))
+            terms_RV = weights_RV.mul_(z_RV.clamp(min=torch.finfo(z_RV.dtype).min))
             entropies_C[rows] = normalizers_C[rows] - terms_RV.sum(-1) / sums_R
-        targets_C = logits_CV.gather(-1, target_ids_C[:, None])[:, 0].float() / temperature
+        targets_C = logits_CV.gather(-1, target_ids_C[:, None])[:, 0].to(normalizers_C.dtype) / temperature
         ctx.save_for_backward(logits_CV, target_ids_C, normalizers_C, entropies_C)
         ctx.temperature, ctx.spent = temperature, False
         ctx.set_materialize_grads(False)
@@ -70,7 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if entropy_grads_C is None:
                 grad_RV = p_RV.mul_(logprob_grads_C[rows, None] / -ctx.temperature)
             else:
-                factor_RV = log_p_RV.clamp_(min=torch.finfo(torch.float32).min).add_(entropies_C[rows, None])
+                factor_RV = log_p_RV.clamp_(min=torch.finfo(log_p_RV.dtype).min).add_(entropies_C[rows, None])
                 factor_RV *= entropy_grads_C[rows, None]
                 if logprob_grads_C is not None:
                     factor_RV += logprob_grads_C[rows, None]
@@ -84,8 +86,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _scaled(logits_RV: Tensor, temperature: float) -> Tensor:
-    """A copy in fp32."""
-    return logits_RV.float().div(temperature) if temperature != 1 else logits_RV.to(torch.float32, copy=True)
+    """A copy in the precision that is computed in."""
+    precision = _precision(logits_RV)
+    return logits_RV.to(precision).div(temperature) if temperature != 1 else logits_RV.to(precision, copy=True)
+
+
+def _precision(logits_CV: Tensor) -> torch.dtype:
+    return torch.promote_types(logits_CV.dtype, torch.float32)
 
 
 def _blocks(logits_CV: Tensor) -> Iterator[slice]:

@@ -36,7 +36,15 @@ class Letters(raygym.ChatEnv):
         return "More.", zlib.crc32(action["content"].encode()) % 16 / 16, self.turns == 2, False, {}
 """
 # Differs from run to run: times, and what tells of the interruptions themselves.
-CLOCKS = ("time/", "manager/", "sync/broadcast_s", "sync/apply_s", "sync/gib_per_s")
+CLOCKS = (
+    "time/",
+    "manager/",
+    "learn/tokens_per_s",
+    "learn/tflops_per_s",
+    "sync/broadcast_s",
+    "sync/apply_s",
+    "sync/gib_per_s",
+)
 SIMULATED = ["policy.engine=simulated", "policy.simulated.turn_latency_s=0.1"]
 # One turn after the other: what shares a batch changes the last bits of a real engine's numbers.
 VLLM = ["policy.engine=vllm", "rollout.max_concurrent=1", "policy.vllm.max_num_seqs=1"]
