@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from raygym.actors.session import Session
@@ -16,9 +17,11 @@ from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.histogram import Histogram
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
-from raygym.resume import ResumePoint, checkpoint_store, save_run_state
+from raygym.resume import ResumePoint, checkpoint_store, require_shared, save_run_state
+from raygym.rollout_state import RolloutState
 from raygym.run_files import HeldRow, RunFiles
-from raygym.run_row import Row
+from raygym.run_row import Row, scalars
+from raygym.schedule import Collected, SchedulerState
 from raygym.types import Group, TrainSequence
 from raygym.validation import ValidationStream
 
@@ -51,6 +54,8 @@ class Trainer:
         self._metrics: dict[str, float] = {}
         self._more: dict[str, str | Histogram] = {}
         self._alarms = AlarmWatch(config, files, console)
+        # Of the last whole step: its row, and where the scheduler stood after its collection.
+        self._last: tuple[Row, SchedulerState] = ({}, SchedulerState())
         self._doing = ""
         self._resumed = resumed
         self._checkpoints = checkpoint_store(config)
@@ -65,11 +70,11 @@ class Trainer:
                     collected = session.rollouts.collect(step, self._console.progress)
                 sequences = self._train_sequences(collected.groups)
                 self._metrics |= rollout_metrics(collected, version) | batch_metrics(collected.groups, sequences)
-                self._alarms.require_finite(step + 1, self._metrics, collected)
+                self._require_finite(step + 1, version, collected)
                 self._more["advantage/histogram"] = advantage_histogram(sequences)
                 with self._timed("learn"):
                     self._metrics |= learn_metrics(session.learners.update(sequences))
-                self._alarms.require_finite(step + 1, self._metrics, collected)
+                self._require_finite(step + 1, version, collected)
                 with self._timed("validate_wait"):  # it is played by the weights that go now
                     self._validation.wait()
                 with self._timed("sync"):
@@ -81,11 +86,11 @@ class Trainer:
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
                 self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
-            row = self._log(step + 1)
-            if self._checkpoint_due(step + 1) or self._alarms.stop is not None:
-                self._save(step + 1, row)
+            self._last = (self._log(step + 1), collected.state)
             if self._alarms.stop is not None:
                 self._end(version, self._alarms.stop)
+            if self._checkpoint_due(step + 1):
+                self._save(step + 1, self._last[0], session.rollouts.snapshot())
         return self._finish(version)
 
     def _begin(self) -> int:
@@ -96,12 +101,13 @@ class Trainer:
                 self._validate(0, self._write(0, {}))
             return 0
         step, row = self._resumed.step, self._resumed.row
+        self._last = (row, self._resumed.rollouts.scheduler)
+        self._alarms.replay(step, [*self._files.scalars, *([] if self._files.has_row(step) else [scalars(row)])])
         with self._console.phase("loading the learners' state"):
             self._session.learners.load_state(str(self._resumed.checkpoint.state.resolve()))
             self._checksum = self._session.weights.publish(step).checksum
         self._session.rollouts.set_version(step)
         self._validation.rewards.update(self._files.validation_rewards)
-        self._alarms.replay(self._files.scalars)
         self._console.resume(step)
         if not self._files.has_row(step):
             self._validate(step, self._write(step, row))
@@ -113,12 +119,26 @@ class Trainer:
             reference = self._session.learners.reference_logprobs(without_advantages(groups))
         return train_sequences(groups, self._config.learner, reference)
 
-    def _end(self, version: int, stop: AlarmStop) -> NoReturn:
-        """End the run by an alarm, its last step saved."""
+    def _require_finite(self, step: int, version: int, collected: Collected) -> None:
         try:
+            self._alarms.require_finite(step, self._metrics, collected)
+        except AlarmStop as stop:
+            if self._metrics.get("learn/updates"):  # what the learners hold is no version any more
+                raise
+            self._end(version, stop)
+
+    def _end(self, version: int, stop: AlarmStop) -> NoReturn:
+        """End the run by an alarm: its last whole step is saved, and the validation that plays it waited for."""
+        row, scheduler = self._last
+        # Not the manager's own state: it may have given out the groups of a step that was refused. So all that is owed
+        # is played again.
+        rollouts = RolloutState(replace(scheduler, version=version))
+        try:
+            if version and version not in self._checkpoints.steps():
+                self._save(version, row, rollouts)
             self._finish(version)
         except Exception as error:  # the alarm is what has to be told
-            self._console.line(f"after the alarm, the policy could not be validated: {error}")
+            self._console.line(f"after the alarm, the policy could not be saved or validated: {error}")
         raise stop
 
     def _log(self, step: int) -> Row:
@@ -166,7 +186,7 @@ class Trainer:
         regular = options.every > 0 and step % options.every == 0
         return regular or (options.save_final and step == self._config.steps)
 
-    def _save(self, step: int, row: Row) -> None:
+    def _save(self, step: int, row: Row, rollouts: RolloutState) -> None:
         """Make the checkpoint of a step, which a validation of its policy may be playing meanwhile.
 
         The ledger has the step by now. So a kill before the end of this leaves lines of steps that will be made again,
@@ -174,12 +194,12 @@ class Trainer:
         """
         session, path = self._session, self._checkpoints.path_of(step)
         with self._timed("checkpoint"), self._console.phase(f"saving {path}"):
-            rollouts = session.rollouts.snapshot()
             self._files.sync()
             with self._checkpoints.writing(step, self._config.model_dump(mode="json")) as partial:
                 state = partial / "training_state"
                 session.learners.save_hf(str(partial.resolve()))
                 session.learners.save_state(str(state.resolve()))
+                require_shared(partial, ("config.json", "training_state/learner.json"))
                 save_run_state(state, rollouts, row, self._validation.due(step))
             self._checkpoints.retain(self._files.scores)
 

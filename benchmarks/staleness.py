@@ -38,8 +38,8 @@ TINY = (
     "envs=[{id: 'harness.vowels:Vowels'}]",
     "rollout={groups_per_step: 8, group_size: 8, max_turns: 1, max_tokens_per_turn: 12, max_concurrent: 64}",
     "learner.lr=1e-3",
-    "steps=40",
-    "validation={tasks: 32, every: 5, temperature: 1.0}",
+    "steps=25",
+    "validation={tasks: 32, every: 3, temperature: 1.0}",
 )
 SMOLLM2 = ("configs/demo.yaml", "validation.every=2")
 

@@ -21,9 +21,17 @@ class AlarmWatch:
         self.stop: AlarmStop | None = None
         """Why the run has to end after this step, whose update is a sound one."""
 
-    def replay(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """See `Alarms.replay`."""
-        self._alarms.replay(rows)
+    def replay(self, step: int, rows: Iterable[Mapping[str, float]]) -> None:
+        """Go on after `step` steps, whose rows these are.
+
+        Raises:
+            AlarmStop: one that stops a run holds after them: whoever starts it again, by hand or not, has to decide.
+        """
+        for alarm in self._alarms.replay(rows):
+            raise AlarmStop(
+                f"alarm {alarm.name} holds after step {step}, where the run goes on: {alarm.reason}; use "
+                f"alarms.{alarm.name}=warn to go on all the same"
+            )
 
     def require_finite(self, step: int, metrics: Mapping[str, float], collected: Collected) -> None:
         """Before an update is made, and before it is published.

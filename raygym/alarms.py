@@ -47,20 +47,26 @@ class Alarms:
             "reward_collapse": (options.reward_collapse, RewardCollapse(options)),
         }
         self._rules = {name: (action, rule) for name, (action, rule) in rules.items() if action != "off"}
-        self.holding: frozenset[str] = frozenset()
-        """Names of those that hold after the last step, new ones or not."""
+        self.holding: dict[str, str] = {}
+        """Those that hold after the last step, new ones or not, and why."""
 
     def observe(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """Look at the scalars of the next step. Returns the alarms that did not hold after the step before."""
         reasons = {name: rule.look(metrics) for name, (_, rule) in self._rules.items()}
-        before, self.holding = self.holding, frozenset(name for name, reason in reasons.items() if reason)
-        begun = [name for name in reasons if name in self.holding - before]
-        return [Alarm(name, self._rules[name][0], reasons[name]) for name in begun]
+        before, self.holding = self.holding, {name: reason for name, reason in reasons.items() if reason}
+        return [
+            Alarm(name, self._rules[name][0], reason) for name, reason in self.holding.items() if name not in before
+        ]
 
-    def replay(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """Take the rows of steps that are over, oldest first, as seen. Their alarms were told then."""
+    def replay(self, rows: Iterable[Mapping[str, float]]) -> list[Alarm]:
+        """Take the rows of steps that are over, oldest first, as seen. Their alarms were told then.
+
+        Returns:
+            Those that hold after the last of them and stop a run.
+        """
         for row in rows:
             self.observe(row)
+        return [Alarm(name, "stop", reason) for name, reason in self.holding.items() if self._rules[name][0] == "stop"]
 
 
 def not_finite(metrics: Mapping[str, float]) -> Alarm | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,20 @@ def save_run_state(folder: Path, rollouts: RolloutState, row: Row, validated: bo
     folder.mkdir(exist_ok=True)
     rollouts.save(folder)
     (folder / _RUN).write_text(json.dumps({"row": json_row(row), "validated": validated}) + "\n", encoding="utf-8")
+
+
+def require_shared(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a checkpoint whose files learner 0 wrote to a folder of the same name on another machine.
+
+    Raises:
+        RuntimeError: one of `names` is not in `folder`.
+    """
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise RuntimeError(
+            f"{folder / missing[0]} is not there, although learner 0 wrote it: its machine does not share runs_dir "
+            "with the driver's; expected a shared folder, such as on NFS"
+        )
 
 
 def resume_point(config: RunConfig, *, allow_change: bool, told: Callable[[str], None]) -> ResumePoint | None:

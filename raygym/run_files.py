@@ -18,7 +18,7 @@ from raygym.durable import sync_file
 from raygym.histogram import Histogram
 from raygym.resume import ResumePoint, checkpoint_store
 from raygym.run_cut import cut_lines, discard_folder, move_into
-from raygym.run_row import Row, json_row, parsed_row
+from raygym.run_row import Row, json_row, parsed_row, scalars
 from raygym.schedule import Collected
 from raygym.types import Trajectory
 from raygym.whole_file import write_whole
@@ -77,7 +77,7 @@ class RunFiles:
     def scalars(self) -> list[dict[str, float]]:
         """The numbers of the rows of the steps before the resume, in order."""
         rows = [self._rows[step] for step in sorted(self._rows)]
-        return [{name: float(value) for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+        return [scalars(row) for row in rows]
 
     @property
     def validation_rewards(self) -> dict[int, float]:

@@ -24,6 +24,11 @@ def parsed_row(row: Mapping[str, Any]) -> dict[str, Value]:
     return {name: Histogram.from_json(value) if isinstance(value, dict) else value for name, value in row.items()}
 
 
+def scalars(row: Row) -> dict[str, float]:
+    """The row's numbers."""
+    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+
+
 def _as_json(value: Value) -> Any:
     if isinstance(value, Histogram):
         return value.to_json()

@@ -138,8 +138,8 @@ def test_an_alarm_is_told_when_it_begins(rows: list[dict[str, float]]) -> None:
     alarms, before = Alarms(run_config(patience=1, window=2)), frozenset[str]()
     for row in rows:
         told = alarms.observe(row)
-        assert {alarm.name for alarm in told} == alarms.holding - before
-        before = alarms.holding
+        assert {alarm.name for alarm in told} == alarms.holding.keys() - before
+        before = frozenset(alarms.holding)
 
 
 def test_nothing_that_is_not_finite_is_let_pass() -> None:
@@ -154,6 +154,15 @@ def test_the_config_refuses_what_is_no_alarm() -> None:
     for wrong in ({"entropy": "warn"}, {"entropy_collapse": "email"}, {"window": 1}, {"gradient_times": 1}):
         with pytest.raises(ConfigError):
             run_config(**wrong)
+
+
+def test_a_run_that_an_alarm_has_stopped_does_not_go_on_unasked(tmp_path: Path) -> None:
+    rows = series("policy/logprob_abs_diff", [0.001, 0.5])
+    watch, _, _ = watched(tmp_path, patience=1, logprob_drift="stop")
+    with pytest.raises(AlarmStop, match=r"logprob_drift holds after step 2.*alarms\.logprob_drift=warn"):
+        watch.replay(2, rows)
+    watched(tmp_path / "warn", patience=1, logprob_drift="warn")[0].replay(2, rows)
+    watched(tmp_path / "over", patience=1, logprob_drift="stop")[0].replay(3, [*rows, *rows[:1]])
 
 
 def watched(tmp_path: Path, **alarms: Any) -> tuple[AlarmWatch, RunFiles, io.StringIO]:

@@ -44,7 +44,7 @@ class Run(Everything):
         super().__init__()
         self.version = self.delivered = resumed.step if resumed else 0
         self.cursor = resumed.rollouts.scheduler.cursor if resumed else 0
-        self.learned: list[int] = []
+        self.made: list[int] = []
 
     def collect(self, step: int, progress: Callable[[str], None]) -> Collected:
         tasks = [Task(index, "a", index) for index in (self.cursor, self.cursor + 1)]
@@ -58,7 +58,7 @@ class Run(Everything):
         return collected(), 1.0
 
     def update(self, sequences: Any) -> dict[str, float]:
-        self.learned.append(self._step)
+        self.made.append(self._step)
         return super().update(sequences)
 
     def snapshot(self) -> Any:
@@ -67,10 +67,10 @@ class Run(Everything):
 
     def save_state(self, path: str) -> None:
         Path(path).mkdir()
-        (Path(path) / "learned").write_text(json.dumps(self.learned))
+        (Path(path) / "learner.json").write_text(json.dumps(self.made))
 
     def load_state(self, path: str) -> None:
-        self.learned = json.loads((Path(path) / "learned").read_text())
+        self.made = json.loads((Path(path) / "learner.json").read_text())
 
 
 def config_of(tmp_path: Path, **changes: Any) -> RunConfig:
@@ -160,7 +160,7 @@ def assert_exact(path: Path) -> None:
     assert json.loads((path / "scheduler.json").read_text())["cursor"] == 2 * STEPS
     summary = json.loads((path / "summary.json").read_text())
     assert summary["policy_version"] == STEPS and summary["validation_reward"] == {"0": 0.5, "2": 0.5, "4": 0.5}
-    assert json.loads((path / "checkpoints/step_000004/training_state/learned").read_text()) == list(range(STEPS))
+    assert json.loads((path / "checkpoints/step_000004/training_state/learner.json").read_text()) == list(range(STEPS))
     names = {entry.name for entry in (path / "checkpoints").iterdir()}
     assert names == {"latest", "best", "step_000003", "step_000004"}
 
@@ -197,7 +197,7 @@ def test_what_was_done_after_the_checkpoint_is_kept_aside(tmp_path: Path) -> Non
     told: list[str] = []
     run, files = started(config, told.append)
     assert told == ["checkpoint step_000004 is skipped: config.json has another checksum than when it was written"]
-    assert run.learned == [0, 1, 2, 3] and run.validated == [4]
+    assert run.made == [0, 1, 2, 3] and run.validated == [4]
     assert files.discarded is not None and files.discarded.parent == files.path / "discarded"
     assert [row["step"] for row in rows(files.discarded / "metrics.jsonl")] == [3, 4]
     assert [line["task"] for line in rows(files.discarded / "ledger.jsonl")] == [4, 5, 6, 7]
@@ -244,7 +244,7 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path: Path) -> None:
     told: list[str] = []
     run, files = started(more, told.append)
     assert told == ["changed: steps: 4 -> 6"]
-    assert run.learned == [0, 1, 2, 3, 4, 5]
+    assert run.made == [0, 1, 2, 3, 4, 5]
     assert [row["step"] for row in rows(files.path / "metrics.jsonl")] == list(range(7))
     assert load_config(files.path / "config.yaml") == more
     with pytest.raises(FinishedError, match="has made its 4 steps"):
@@ -259,7 +259,7 @@ def test_a_config_that_changes_the_result_has_to_be_allowed(tmp_path: Path) -> N
     assert "num_learners" not in str(raised.value) and "--allow-config-change" in str(raised.value)
     told: list[str] = []
     run, _ = started(changed, told.append, allow_change=True)
-    assert run.learned == [0, 1, 2, 3]
+    assert run.made == [0, 1, 2, 3]
     assert told == [
         "changed: steps: 2 -> 4",
         "changed: learner.num_learners: 1 -> 2",

@@ -8,6 +8,7 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ class Everything:
     def collect(self, step: int, progress: Callable[[str], None]) -> Collected:
         assert step == self.version
         progress("collecting")
-        return collected()
+        return replace(collected(), state=SchedulerState(version=step, cursor=10 * (step + 1)))
 
     def validate(self, tasks: list[Task], progress: Callable[[str], None], _: float) -> tuple[Collected, float]:
         version, self.validating = self.version, True
@@ -81,10 +82,10 @@ class Everything:
 
     def save_state(self, path: str) -> None:
         Path(path).mkdir()
-        (Path(path) / "updates").write_text(str(self._updates))
+        (Path(path) / "learner.json").write_text(str(self._updates))
 
     def load_state(self, path: str) -> None:
-        self._updates = int((Path(path) / "updates").read_text())
+        self._updates = int((Path(path) / "learner.json").read_text())
 
 
 def trained(
@@ -156,7 +157,11 @@ def test_an_update_that_is_not_finite_is_not_published(tmp_path: Path, bad: dict
     assert ledger_steps(files) == {1} and [row["step"] for row in rows(files)] == [0, 1]
     assert (files.path / "alarms/step_000002_not_finite/trajectories.jsonl").is_file()
     untouched = "updates" not in bad
-    assert (files.path / "checkpoints/step_000001").is_dir() == untouched, "only what is a version is saved as one"
+    saved = files.path / "checkpoints/step_000001"
+    assert saved.is_dir() == untouched, "only what is a version is saved as one"
+    if untouched:
+        scheduler = RolloutState.load(saved / "training_state").scheduler
+        assert (scheduler.version, scheduler.cursor) == (1, 10), "the refused step's tasks are owed"
 
 
 def test_an_alarm_is_the_cause_although_the_policy_cannot_be_saved(tmp_path: Path) -> None:
