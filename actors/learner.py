@@ -23,7 +23,7 @@ from raygym.actors.collective import join_group, leave_group
 from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.actors.weight_sender import send_version
 from raygym.config import LearnerConfig
-from raygym.deepspeed_options import offload_device
+from raygym.deepspeed_options import offload_device, whole_config
 from raygym.gradient_checkpointing import enable_gradient_checkpointing
 from raygym.learner_state import Gang, TrainState, load_learner_state, save_learner_state
 from raygym.lora import adapter_parameters, add_adapters, save_adapter, set_dropout, without_adapters
@@ -164,20 +164,8 @@ class LearnerActor:
         return policy.to(self._device).eval()
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        bf16 = self.config.dtype == "bfloat16"
-        # Micro-batches add up in fp32. Without ZeRO DeepSpeed knows only gradients of the weights' own dtype.
-        accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and self.config.zero_stage else {}
-        return {
-            "steps_per_print": 2**31,
-            **accumulation,
-            **self.config.deepspeed,
-            "bf16": {**self.config.deepspeed.get("bf16", {}), "enabled": bf16},
-            "zero_allow_untested_optimizer": True,
-            "train_micro_batch_size_per_gpu": 1,
-            # Micro-batches differ in number from update to update, so the boundary is set by hand instead.
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0 if self._plain_optimizer else self.config.grad_clip,  # see `step`
-        }
+        clip = 0.0 if self._plain_optimizer else self.config.grad_clip  # see `step`
+        return whole_config(self.config.deepspeed, bf16=self.config.dtype == "bfloat16", grad_clip=clip)
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
         """One step's optimizer updates; see `PolicyUpdate.run`. All ranks at once."""

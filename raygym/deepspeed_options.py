@@ -25,6 +25,8 @@ _OWNED = {
     **dict.fromkeys(
         ("fp16", "bfloat16", "amp", "torch_autocast"), "the precision is learner.dtype: float32 or bfloat16; remove it"
     ),
+    "tensor_parallel": "needs ranks that compute the same tokens, but each learner has micro-batches of its own; "
+    "remove it, and share weights among learners by zero_optimization: {stage: 3}",
 }
 # What DeepSpeed itself reads from the top of its config; it ignores all else without a word.
 TOP_LEVEL = frozenset([
@@ -44,7 +46,7 @@ _ZERO_CLASSES = {
 
 
 def check_deepspeed(options: Mapping[str, Any]) -> None:
-    """Check a config's mapping `deepspeed` for what raygym sets itself, and for offloading that cannot be.
+    """Check a config's mapping `deepspeed` for what raygym sets itself, and for what cannot work with it.
 
     Raises:
         ValueError: the text begins with the key.
@@ -54,9 +56,15 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
             raise ValueError(f"deepspeed.{key} {problem}")
     if "enabled" in _mapping(options, "deepspeed", "bf16"):
         raise ValueError("deepspeed.bf16.enabled is set by raygym from learner.dtype; remove it")
+    _mapping(options, "deepspeed", "data_types")
     zero = _mapping(options, "deepspeed", "zero_optimization")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError("deepspeed.zero_optimization must be a mapping with stage: 0, 1, 2 or 3")
+    if zero.get("compute_grad_norm", True) is not True:
+        raise ValueError(
+            f"deepspeed.zero_optimization.compute_grad_norm: {zero['compute_grad_norm']!r} leaves no norm, by which "
+            "raygym clips gradients (learner.grad_clip) and refuses an update that is not finite; remove it"
+        )
     for key, stages in _OFFLOAD_STAGES.items():
         section = _mapping(zero, "deepspeed.zero_optimization", key)
         where, device = f"deepspeed.zero_optimization.{key}", section.get("device", "none")
@@ -70,6 +78,29 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
                 f"{where}: device: {device} needs ZeRO stage {' or '.join(map(str, allowed))}; found "
                 f"deepspeed.zero_optimization.stage: {zero.get('stage', 0)}"
             )
+
+
+def whole_config(options: Mapping[str, Any], *, bf16: bool, grad_clip: float) -> dict[str, Any]:
+    """DeepSpeed's whole config: a run's options, and what raygym sets.
+
+    Args:
+        options: checked by `check_deepspeed`.
+        bf16: weights are bf16, not fp32.
+        grad_clip: largest norm of the gradients; 0 where DeepSpeed should not clip.
+    """
+    chosen: dict[str, Any] = {"steps_per_print": 2**31, **options}
+    if bf16 and (options.get("zero_optimization") or {}).get("stage", 0):
+        # Micro-batches add up in fp32. Without ZeRO DeepSpeed knows only gradients of the weights' own dtype.
+        chosen["data_types"] = {"grad_accum_dtype": "fp32", **(options.get("data_types") or {})}
+    return {
+        **chosen,
+        "bf16": {**(options.get("bf16") or {}), "enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 1,
+        # Micro-batches differ in number from update to update, so the boundary is set by hand instead.
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": grad_clip,
+    }
 
 
 def offload_device(options: Mapping[str, Any], key: Offloaded) -> str:

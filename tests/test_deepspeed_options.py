@@ -12,7 +12,7 @@ from test_config import MINIMAL
 
 from raygym.config import ConfigError
 from raygym.config_file import parse_config
-from raygym.deepspeed_options import TOP_LEVEL, unknown_option, zero_fields
+from raygym.deepspeed_options import TOP_LEVEL, unknown_option, whole_config, zero_fields
 from raygym.preflight import check_inputs
 
 
@@ -58,3 +58,35 @@ def test_it_is_told_before_a_run_starts() -> None:
     config = parse_config({**MINIMAL, "learner": {"deepspeed": {"zero_optimisation": {}}}})
     with pytest.raises(ConfigError, match=r"learner\.deepspeed\.zero_optimisation"):
         check_inputs(config)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_users_data_types_leave_accumulation_in_fp32(stage: int) -> None:
+    options = {"zero_optimization": {"stage": stage}, "data_types": {"keep_in_fp32_modules": ["norm"]}}
+    whole = whole_config(options, bf16=True, grad_clip=1.0)
+    assert whole["data_types"] == {"keep_in_fp32_modules": ["norm"], "grad_accum_dtype": "fp32"}
+    chosen = {**options, "data_types": {"grad_accum_dtype": "bf16"}}
+    assert whole_config(chosen, bf16=True, grad_clip=1.0)["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert whole_config({}, bf16=True, grad_clip=1.0).get("data_types") is None  # DeepSpeed has no such thing there
+    assert whole_config(options, bf16=False, grad_clip=1.0)["data_types"] == options["data_types"]
+
+
+def test_what_raygym_sets_wins() -> None:
+    whole = whole_config({"bf16": {"check_grad_overflow": True}, "steps_per_print": 5}, bf16=True, grad_clip=0.5)
+    assert whole["bf16"] == {"check_grad_overflow": True, "enabled": True}
+    assert (whole["steps_per_print"], whole["gradient_clipping"], whole["gradient_accumulation_steps"]) == (5, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, ["deepspeed.tensor_parallel", "same tokens", "stage: 3"]),
+        (zero(compute_grad_norm=False), ["zero_optimization.compute_grad_norm: False", "learner.grad_clip", "remove"]),
+        ({"data_types": "fp32"}, ["deepspeed.data_types", "mapping", "'fp32'"]),
+    ],
+)
+def test_what_cannot_work_with_raygym_is_refused(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, "learner": {"deepspeed": options}})
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert parse_config({**MINIMAL, "learner": {"deepspeed": zero(compute_grad_norm=True)}}).learner.zero_stage == 3
