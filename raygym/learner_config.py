@@ -30,7 +30,8 @@ class LearnerConfig(MethodConfig):
     """The method, and DeepSpeed."""
 
     num_learners: PositiveInt = 1
-    gpus_per_learner: NonNegativeFloat = 0
+    gpus_per_learner: Annotated[float, Field(ge=0, le=1)] = 0
+    """0: on CPUs. 1: each rank has a GPU. Less: a single learner shares its GPU with an engine."""
     lr: PositiveFloat = 1e-6
     warmup_steps: NonNegativeInt = 0
     """Optimizer updates over which the learning rate rises linearly to `lr`."""
@@ -47,7 +48,7 @@ class LearnerConfig(MethodConfig):
     """`forest`: what sequences begin with in common, such as a group's prompt, is computed once, and nothing is padded;
     the policy's attention must allow it. `rows`: several sequences to a row. `auto`: the first where it is exact."""
     threads: NonNegativeInt = 0
-    """CPU threads of one learner; 0 shares the cores among the learners."""
+    """CPU threads of one learner. 0: on CPUs the learners share the cores; on GPUs Ray decides, which means one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights, activations and what is sent to the engines. The optimizer's own weights are fp32 with both."""
     peak_tflops: PositiveFloat | None = None
@@ -66,6 +67,15 @@ class LearnerConfig(MethodConfig):
     @model_validator(mode="after")
     def _deepspeed_owned(self) -> LearnerConfig:
         check_deepspeed(self.deepspeed)
+        return self
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_rank(self) -> LearnerConfig:
+        if 0 < self.gpus_per_learner < 1 and self.num_learners > 1:
+            raise ValueError(
+                f"gpus_per_learner: {self.gpus_per_learner:g} could put two of {self.num_learners} learners on one GPU, "
+                "which NCCL refuses; expected 1, or num_learners: 1"
+            )
         return self
 
     @model_validator(mode="after")

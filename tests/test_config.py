@@ -72,6 +72,11 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ({"learner": {"loss": "gspo"}}, ["learner.loss_mean", "token", "expected loss_mean: sequence"]),
         ({"learner": {"loss_length": 64}}, ["learner.loss_length", "64", "loss_mean: token"]),
         ({"learner": {"num_learners": 7}}, ["learner.num_learners", "does not divide", "divisor of 64"]),
+        ({"learner": {"gpus_per_learner": 2}}, ["learner.gpus_per_learner", "less than or equal to 1", "found 2"]),
+        (
+            {"learner": {"gpus_per_learner": 0.5, "num_learners": 2}},
+            ["learner.gpus_per_learner: 0.5", "2 learners", "NCCL", "num_learners: 1"],
+        ),
         ({"learner": {"mini_batches": 3}}, ["learner.mini_batches", "rollout.groups_per_step 8"]),
         ({"learner": {"deepspeed": {"train_batch_size": 8}}}, ["learner.deepspeed.train_batch_size", "remove it"]),
         ({"learner": {"deepspeed": {"zero_optimization": {"stage": 4}}}}, ["zero_optimization", "0, 1, 2 or 3"]),
@@ -119,6 +124,10 @@ def test_bad_values_are_told_by_key(change: dict[str, Any], words: list[str]) ->
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_one_learner_may_share_its_gpu() -> None:
+    assert parse_config({**MINIMAL, "learner": {"gpus_per_learner": 0.5}}).learner.gpus_per_learner == 0.5
 
 
 def test_a_fixed_concurrency_may_be_below_the_least_of_an_adaptive_one() -> None:

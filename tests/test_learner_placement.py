@@ -92,7 +92,8 @@ def test_missing_gpus_are_counted(two_gpu_nodes: None) -> None:
     with pytest.raises(PlacementError, match=r"gpus_per_learner 1 = 6 GPUs .*has 4, 4 of them free \(2 missing\)"):
         placement.wait_placed(0.5)
     placement.release()
-    placement = LearnerPlacement.reserve(config(num_learners=1, gpus_per_learner=3))
+    larger = config(num_learners=1).model_copy(update={"gpus_per_learner": 3})  # than a node, as pieces of GPUs may be
+    placement = LearnerPlacement.reserve(larger)
     with pytest.raises(PlacementError, match="not in pieces of the size of a learner"):
         placement.wait_placed(0.5)
     placement.release()
