@@ -129,6 +129,20 @@ class LearnerGroup:
         self._placement.release()
 
 
+def rank_environment(config: LearnerConfig, cores: int) -> dict[str, str]:
+    """Environment variables of a rank's process.
+
+    Args:
+        config: `learner` of the run.
+        cores: of the driver's machine. They say nothing of the nodes of learners on GPUs, so Ray decides there.
+    """
+    threads = config.threads
+    if not threads and not config.gpus_per_learner:
+        threads = max(1, cores // config.num_learners)
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return environment if config.gpus_per_learner else {**environment, "DS_ACCELERATOR": "cpu"}
+
+
 def _start_rank(
     rank: int,
     placement: LearnerPlacement,
@@ -137,14 +151,10 @@ def _start_rank(
     temperature: float,
     total_updates: int | None,
 ) -> Any:
-    threads = config.threads or max(1, (os.cpu_count() or 1) // config.num_learners)
-    environment = {"OMP_NUM_THREADS": str(threads)}
-    if not config.gpus_per_learner:
-        environment["DS_ACCELERATOR"] = "cpu"
     options = {
         # No CPU reserved: learners and engines take turns on the same cores, and a small machine has few.
         "num_cpus": 0,
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": rank_environment(config, os.cpu_count() or 1)},
         "max_restarts": 0,
         **placement.options(rank),
     }

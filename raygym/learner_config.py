@@ -73,8 +73,8 @@ class LearnerConfig(MethodConfig):
     def _a_gpu_for_each_rank(self) -> LearnerConfig:
         if 0 < self.gpus_per_learner < 1 and self.num_learners > 1:
             raise ValueError(
-                f"gpus_per_learner: {self.gpus_per_learner:g} could put two of {self.num_learners} learners on one GPU, "
-                "which NCCL refuses; expected 1, or num_learners: 1"
+                f"gpus_per_learner: {self.gpus_per_learner:g} could put two of {self.num_learners} learners on one "
+                "GPU, which NCCL refuses; expected 1, or num_learners: 1"
             )
         return self
 

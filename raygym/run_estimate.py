@@ -97,6 +97,12 @@ def estimate_run(config: RunConfig, shape: ModelShape | None, cluster: Cluster, 
         time, no_time = _time(config, shape, setup, engine, cluster, workload, context)
     if time is not None:
         warnings += _late(config, time, learner)
+    default_threads = config.learner.gpus_per_learner > 0 and not config.learner.threads
+    if default_threads and learner_setup(config, shape).offload_optimizer:
+        warnings.append(
+            "learner.threads: a learner on a GPU has one CPU thread by default, and an offloaded optimizer's step is "
+            "computed there; set it to a node's cores divided by its learners"
+        )
     return RunEstimate(placement, learner, engine, kv_tokens, time, no_time, workload, tuple(problems), tuple(warnings))
 
 

@@ -184,6 +184,9 @@ SHAPE = ModelShape(layers=4, hidden=256, heads=8, kv_heads=2, head_size=32, inte
 CLUSTER = Cluster(8, 80.0, H100, 1.0)
 
 
+OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+
+
 def small(changes: dict[str, Any]) -> RunConfig:
     base = {
         "name": "t",
@@ -204,6 +207,7 @@ def small(changes: dict[str, Any]) -> RunConfig:
         ({"sync": {"timeout_s": 1e-3}}, "sync.timeout_s"),
         ({"learner": {"gpus_per_learner": 1, "update_timeout_s": 1e-6}}, "learner.update_timeout_s"),
         ({"rollout": {"episode_timeout_s": 1e-3}}, "rollout.episode_timeout_s"),
+        ({"learner": {"gpus_per_learner": 1, "deepspeed": OFFLOAD}}, "learner.threads"),
     ],
 )
 def test_what_works_badly_is_a_warning(changes: dict[str, Any], word: str) -> None:

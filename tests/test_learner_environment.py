@@ -1,0 +1,24 @@
+"""What a learner's process is started with; nothing is started here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raygym.actors.learner_group import rank_environment
+from raygym.config import LearnerConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_learners": 2}, {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}),
+        ({"num_learners": 32}, {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}),
+        ({"threads": 3}, {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}),
+        ({"num_learners": 32, "gpus_per_learner": 1}, {}),
+        ({"num_learners": 2, "gpus_per_learner": 1, "threads": 6}, {"OMP_NUM_THREADS": "6"}),
+    ],
+)
+def test_the_drivers_cores_say_nothing_of_learners_on_gpus(changes: dict[str, Any], expected: dict[str, str]) -> None:
+    assert rank_environment(LearnerConfig(**changes), cores=8) == expected
