@@ -171,7 +171,7 @@ def _run(command: str, config: RunConfig, act: Callable[[RunConfig, str], None] 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     # Ray and the engines take seconds to import: only commands that use them pay, and bad input is told at once.
-    prepared = importlib.import_module("raygym.preflight").check_inputs(config)
+    prepared = importlib.import_module("raygym.preflight").check_inputs(config, learns=command == "train")
     runs = importlib.import_module("raygym.actors.runs")
     try:
         act = act or {"eval": runs.evaluate, "serve": runs.serve}[command]

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from raygym.architecture import read_architecture
 from raygym.config import ConfigError, RunConfig
 from raygym.deepspeed_options import unknown_option
 from raygym.engine_options import check_engine_options
@@ -14,6 +15,8 @@ from raygym.models import ModelError, find_policy, resolve_policy
 from raygym.nemo_gym.config import NemoGymConfig, NemoGymError, NemoGymMissing
 from raygym.nemo_gym.play import prepare
 from raygym.nemo_gym.resolve import Policy
+from raygym.rope_scaling import check_rope_scaling
+from raygym.simulate import SimulatedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +36,24 @@ class Checked:
     """What is not here, so that nothing can be said of it."""
 
 
-def check_inputs(config: RunConfig) -> Prepared:
+def check_inputs(config: RunConfig, *, learns: bool = True) -> Prepared:
     """Find the policy's files and make each environment once.
+
+    Args:
+        config: the run's.
+        learns: the policy is not only asked, so the learner must be able to compute it exactly.
 
     Raises:
         ConfigError: what is missing, and the key that names it.
     """
     _check_all_but_policy(config)
     try:
-        return Prepared(str(resolve_policy(config.policy.model)))
+        found = str(resolve_policy(config.policy.model))
     except ModelError as error:
         raise ConfigError(str(error)) from error
+    if learns:
+        _check_architecture(config, found)
+    return Prepared(found)
 
 
 def check_what_is_here(config: RunConfig) -> Checked:
@@ -60,7 +70,20 @@ def check_what_is_here(config: RunConfig) -> Checked:
         raise ConfigError(str(error)) from error
     if found is None:
         missing.append(f"policy.model: the files of {config.policy.model} are not here; a run downloads them")
-    return Checked(str(found) if found is not None else None, tuple(missing))
+    model_dir = str(found) if found is not None else None
+    _check_architecture(config, model_dir)
+    return Checked(model_dir, tuple(missing))
+
+
+def _check_architecture(config: RunConfig, model_dir: str | None) -> None:
+    """Look at the policy's config.json, where one is known."""
+    policy, architecture = config.policy, read_architecture(config.policy.model, model_dir)
+    if architecture is None:
+        return
+    simulated = policy.engine == "simulated"
+    longest = SimulatedConfig(**policy.simulated).max_model_len if simulated else policy.vllm.get("max_model_len")
+    key = "policy.simulated.max_model_len" if simulated else "policy.vllm.max_model_len"
+    check_rope_scaling(architecture.config, longest, key)
 
 
 def _check_all_but_policy(config: RunConfig, missing: list[str] | None = None) -> None:
