@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from raygym.config import ConfigError, RunConfig
+from raygym.method_config import MethodConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -52,8 +53,22 @@ def parse_config(data: dict[str, Any], source: str = "config") -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML, every default written out; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The config as YAML, every default written out; `load_config` reads it back equal, and takes the same overrides.
+
+    Of the method only what was chosen is written. What `learner.algorithm` and `rollout` make of the rest is beside it
+    in comments, so that it still follows them when they are overridden.
+    """
+    data = config.model_dump(mode="json")
+    learner, chosen = data["learner"], {"algorithm", *config.learner.model_fields_set}
+    resolved = {key: learner.pop(key) for key in MethodConfig.model_fields if key not in chosen}
+    text = ""
+    for name, section in data.items():
+        text += yaml.safe_dump({name: section}, sort_keys=False)
+        if name == "learner" and resolved:
+            text += "  # resolved: what algorithm and rollout make of the keys that are not set here\n"
+            lines = yaml.safe_dump(resolved, sort_keys=False).splitlines()
+            text += "".join(f"  #   {line}\n" for line in lines)
+    return text
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,9 +5,9 @@ Formulas and papers are in `raygym/algorithms/`; combinations that mean nothing 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from raygym.algorithms.presets import CORRECTION_BOUNDS, OVERLONG_BUFFER_SHARE, PRESETS
 from raygym.config_section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
@@ -20,6 +20,8 @@ LossName = Literal["clip", "gspo", "cispo", "reinforce"]
 LossMean = Literal["token", "sequence", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
 Correction = Literal["none", "truncated_token", "truncated_sequence", "masked", "rejected_sequence"]
+
+_Method = TypeVar("_Method", bound="MethodConfig")
 
 
 class MethodConfig(Section):
@@ -75,11 +77,13 @@ class MethodConfig(Section):
     """Tokens before that over which the penalty grows from 0; by default a fifth of the length."""
     overlong_penalty: PositiveFloat = 1.0
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _with_preset(cls, data: Any) -> Any:
+    def _with_preset(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         name = data.get("algorithm", "grpo") if isinstance(data, dict) else None
-        return {**PRESETS[name], **data} if isinstance(name, str) and name in PRESETS else data
+        if not isinstance(name, str) or name not in PRESETS:
+            return handler(data)
+        return _with_fields_set(handler({**PRESETS[name], **data}), set(data))
 
     @model_validator(mode="after")
     def _loss_is_whole(self) -> Self:
@@ -139,6 +143,8 @@ class MethodConfig(Section):
     def resolved(self, *, stale: bool = False, most_generated: int | None = None) -> Self:
         """The same with what `auto` and missing values mean; of one that is resolved, itself.
 
+        `model_fields_set` has what the user chose, also afterwards: neither what a preset sets, nor what is found here.
+
         Args:
             stale: older versions' tokens are trained (`rollout.max_staleness` above 0).
             most_generated: tokens that an episode can generate; None: not known, so lengths stay as they are.
@@ -153,8 +159,8 @@ class MethodConfig(Section):
         found: dict[str, Any] = {
             "decoupled": decoupled,
             "correction": correction,
-            "correction_cap": cap if self.correction_cap is None or cap is None else self.correction_cap,
-            "correction_low": low if self.correction_low is None or low is None else self.correction_low,
+            "correction_cap": cap if self.correction_cap is None else self.correction_cap,
+            "correction_low": low if self.correction_low is None else self.correction_low,
         }
         if self.loss_mean == "constant" and self.loss_length is None:
             found["loss_length"] = most_generated
@@ -168,10 +174,13 @@ class MethodConfig(Section):
                     f"learner.overlong_buffer: {self.overlong_buffer} is above learner.overlong_length ({length}); "
                     "expected at most that"
                 )
-        cap, low = found["correction_cap"], found["correction_low"]
-        if cap is not None and low is not None and low >= cap:
-            raise ValueError(f"learner.correction_low: {low:g} is not below learner.correction_cap ({cap:g})")
-        return self.model_copy(update=found)
+        if cap is not None and low is not None and found["correction_low"] >= found["correction_cap"]:
+            raise ValueError(
+                f"learner.correction_low: {found['correction_low']:g} is not below learner.correction_cap "
+                f"({found['correction_cap']:g})"
+            )
+        chosen = {key for key in self.model_fields_set if found.get(key, getattr(self, key)) == getattr(self, key)}
+        return _with_fields_set(self.model_copy(update=found), chosen)
 
     @property
     def weighs_tokens(self) -> bool:
@@ -188,3 +197,8 @@ class MethodConfig(Section):
     def kl_in_reward(self) -> bool:
         """Whether rewards need the starting policy's logprobs."""
         return self.kl_coef > 0 and self.kl_in == "reward"
+
+
+def _with_fields_set(method: _Method, keys: set[str]) -> _Method:
+    object.__setattr__(method, "__pydantic_fields_set__", keys)  # frozen, but not yet anybody's
+    return method

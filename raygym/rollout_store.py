@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from filelock import FileLock, Timeout
 
 from raygym.config import ConfigError, RunConfig
 from raygym.config_change import flat
-from raygym.config_file import dump_config
+from raygym.config_file import dump_config, load_config
 from raygym.rollout_summary import RolloutSummary
 from raygym.run_files import move_aside, trajectory_record
 from raygym.task_stream import Taken
@@ -169,8 +168,8 @@ class RolloutStore:
             config_path.write_text(dump_config(config), encoding="utf-8")
             _replace(request_path, asdict(request))
             return
-        before = flat(yaml.safe_load(config_path.read_text(encoding="utf-8")))
-        now = flat(yaml.safe_load(dump_config(config)))
+        before = flat(load_config(config_path).model_dump(mode="json"))
+        now = flat(config.model_dump(mode="json"))
         before |= {f"--{key}": value for key, value in json.loads(request_path.read_text(encoding="utf-8")).items()}
         now |= {f"--{key}": value for key, value in asdict(request).items()}
         keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]

@@ -2,21 +2,100 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import pytest
 import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_config import MINIMAL
 
 from raygym.algorithms.presets import PRESETS
 from raygym.config import ConfigError, LearnerConfig, RunConfig
-from raygym.config_file import dump_config, parse_config
+from raygym.config_file import dump_config, load_config, parse_config
 from raygym.method_config import AlgorithmName, MethodConfig
 
 
 def run(learner: dict[str, Any], **rollout: Any) -> RunConfig:
     return parse_config({**MINIMAL, "learner": learner, "rollout": rollout})
+
+
+def shown(text: str) -> Any:
+    """What a written config says in comments of the method's keys that nobody set."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("  # resolved:")) + 1
+    block = itertools.takewhile(lambda line: line.startswith("  #   "), lines[start:])
+    return yaml.safe_load("\n".join(line.removeprefix("  #   ") for line in block))
+
+
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "algorithm": st.sampled_from(sorted(PRESETS)),
+        "advantage": st.sampled_from(["grpo", "rloo"]),
+        "loss": st.sampled_from(["clip", "cispo", "reinforce"]),
+        "loss_mean": st.sampled_from(["token", "sequence", "constant"]),
+        "loss_length": st.sampled_from([None, 9]),
+        "clip_high": st.sampled_from([0.2, 0.3]),
+        "decoupled": st.sampled_from([True, False, "auto"]),
+        "correction": st.sampled_from(["auto", "none", "masked"]),
+        "correction_cap": st.sampled_from([None, 3.0]),
+        "correction_low": st.sampled_from([None, 0.25]),
+        "overlong": st.sampled_from(["none", "shaped"]),
+        "overlong_length": st.sampled_from([None, 30]),
+        "num_learners": st.sampled_from([1, 2]),
+    },
+)
+OVERRIDES = st.lists(
+    st.one_of(
+        st.sampled_from(sorted(PRESETS)).map("learner.algorithm={}".format),
+        st.sampled_from([0, 1, 4]).map("rollout.max_staleness={}".format),
+        st.sampled_from([5, 50]).map("rollout.max_tokens_per_turn={}".format),
+        st.sampled_from(["auto", "none", "masked"]).map("learner.correction={}".format),
+        st.sampled_from(["sequence", "constant"]).map("learner.loss_mean={}".format),
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(learner=CHOICES, staleness=st.sampled_from([0, 2]), overrides=OVERRIDES)
+def test_a_written_config_takes_overrides_as_the_original_does(
+    learner: dict[str, Any], staleness: int, overrides: list[str]
+) -> None:
+    original = {**MINIMAL, "learner": learner, "rollout": {"max_staleness": staleness}}
+    with TemporaryDirectory() as folder:
+        first, written = Path(folder) / "first.yaml", Path(folder) / "config.yaml"
+        first.write_text(yaml.safe_dump(original))
+        try:
+            config = load_config(first)
+        except ConfigError:
+            assume(False)
+        written.write_text(dump_config(config))
+        assert load_config(written) == config
+        assert dump_config(load_config(written)) == dump_config(config)
+        assert loaded(written, overrides) == loaded(first, overrides)
+
+
+def loaded(path: Path, overrides: list[str]) -> RunConfig | str:
+    """The config, or what is wrong with it."""
+    try:
+        return load_config(path, overrides)
+    except ConfigError as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def test_staleness_and_algorithm_have_their_effect_on_a_written_config(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(run({"clip_high": 0.3})))
+    stale = load_config(path, ["rollout.max_staleness=4"]).learner
+    assert (stale.decoupled, stale.correction, stale.correction_cap) == (True, "truncated_token", 2.0)
+    gspo = load_config(path, ["learner.algorithm=gspo"]).learner
+    assert (gspo.loss, gspo.loss_mean, gspo.clip_low, gspo.clip_high) == ("gspo", "sequence", 3e-4, 0.3)
 
 
 def test_each_algorithm_has_a_preset_of_keys_that_there_are() -> None:
@@ -47,8 +126,8 @@ def test_keys_that_are_set_win() -> None:
 def test_a_resolved_config_is_shown_and_reads_back_equal(name: str, staleness: int) -> None:
     config = run({"algorithm": name}, max_staleness=staleness, max_turns=3, max_tokens_per_turn=7)
     text = dump_config(config)
-    shown = yaml.safe_load(text)["learner"]
-    assert "auto" not in (shown["decoupled"], shown["correction"])
+    assert set(yaml.safe_load(text)["learner"]) & set(MethodConfig.model_fields) == {"algorithm"}
+    assert shown(text) == {key: getattr(config.learner, key) for key in MethodConfig.model_fields if key != "algorithm"}
     assert parse_config(yaml.safe_load(text)) == config
     assert config.learner.resolved() == config.learner
     if config.learner.loss_mean == "constant":
