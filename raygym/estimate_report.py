@@ -32,6 +32,8 @@ def _memory(config: RunConfig, estimate: RunEstimate, cluster: Cluster) -> list[
                          policy.gpus_per_replica > 0, cluster))  # fmt: skip
     head = f"{'memory, GiB':18}" + "".join(f"{name.replace('_', ' '):>12}" for name in _COLUMNS)
     lines = ["", head, *rows]
+    if learner.zero_stage == 3:
+        lines += _start(estimate, cluster)
     if estimate.engine is not None:
         lines.append(f"  an engine's KV cache holds {estimate.kv_tokens:,} tokens")
     if estimate.learner.host:
@@ -40,6 +42,20 @@ def _memory(config: RunConfig, estimate: RunEstimate, cluster: Cluster) -> list[
         lines.append(
             f"  assumed: {USABLE_SHARE:.0%} of a learner's GPU can be used, one sequence is as long as the context, "
             "and attention keeps no scores"
+        )
+    return lines
+
+
+def _start(estimate: RunEstimate, cluster: Cluster) -> list[str]:
+    """Of learners that share the policy, but only once each of them has loaded it."""
+    assert estimate.learner is not None
+    start, host, count = estimate.learner.start, estimate.learner.start_host, estimate.placement.learners_on_a_node
+    of = f" of {cluster.gpu_memory_gib:g}" if host else ""
+    lines = [f"  a learner at the start: {start / GIB:.1f}{of}, for it loads the whole policy before ZeRO-3 shares it"]
+    if host:
+        lines.append(
+            f"  a node's host at the start: {count * host / GIB:.1f}, through which {count} learner{'s' * (count > 1)} "
+            f"load{'s' * (count == 1)} {host / GIB:.1f} each"
         )
     return lines
 

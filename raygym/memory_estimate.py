@@ -2,7 +2,8 @@
 
 A learner's states follow ZeRO (arXiv 1910.02054, section 3.1 and figure 1): with P parameters in bf16, mixed-precision
 Adam keeps 2 P of weights, 2 P of gradients and K P = 12 P of optimizer states (fp32 weights and two moments). Stage 1
-shares the last among the ranks, stage 2 the gradients too, stage 3 all three. Activations are counted as in arXiv
+shares the last among the ranks, stage 2 the gradients too, stage 3 all three. Before that, each rank loads the whole
+policy, in stage 3 as well. Activations are counted as in arXiv
 2205.05198 (section 4.1): all that the backward pass reads, layer by layer; with recomputation only what goes into each
 layer, and one layer's at a time. That paper's 34 bytes a token and hidden unit are GPT's; ours are those of the models
 in `model_shape.py` as Transformers computes them, and `test_memory_estimate` measures them.
@@ -41,11 +42,20 @@ class Memory:
     """Communication, CUDA's context, a step's temporary copies."""
     host: int = 0
     """In the machine's own memory instead, by offload; not part of the total."""
+    start: int = 0
+    """All that is on the device when a learner has loaded the policy and shares nothing yet; not part of the total."""
+    start_host: int = 0
+    """In the machine's own memory, through which a learner on a GPU loads the policy."""
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """On the device, after the start."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.kv_cache + self.buffers
+
+    @property
+    def peak(self) -> int:
+        """On the device, at the start or after it."""
+        return max(self.start, self.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ class LearnerSetup:
 
 
 def estimate_learner(setup: LearnerSetup) -> Memory:
-    """One rank's memory at its peak: in the backward pass, or in the optimizer's step."""
+    """One rank's memory: in the backward pass or the optimizer's step, whichever needs more, and at the start."""
     shape, ranks, stage = setup.shape, setup.ranks, setup.zero_stage
     parameters, trained = shape.parameters, shape.parameters
     if setup.trained_parameters is not None:
@@ -105,6 +115,8 @@ def estimate_learner(setup: LearnerSetup) -> Memory:
         activations=max(step, _activations(setup)),
         buffers=_buffers(setup, trained) + setup.gpu * CONTEXT_BYTES,
         host=on_host,
+        start=setup.bytes_per_value * parameters + setup.gpu * CONTEXT_BYTES,
+        start_host=setup.gpu * setup.bytes_per_value * shape.parameters,
     )
 
 

@@ -56,6 +56,12 @@ class Placement:
         """GPUs in use."""
         return sum(bool(gpu.bundles) for node in self.nodes for gpu in node)
 
+    @property
+    def learners_on_a_node(self) -> int:
+        """On the one that has most; without a GPU they are not counted."""
+        nodes = ({b.number for gpu in node for b in gpu.bundles if b.role == "learner"} for node in self.nodes)
+        return max(map(len, nodes), default=0)
+
     def kinds(self) -> list[tuple[Bundle, ...]]:
         """Who shares a GPU, one example of each different sharing."""
         found: dict[tuple[tuple[str, int], ...], tuple[Bundle, ...]] = {}

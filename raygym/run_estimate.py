@@ -215,7 +215,7 @@ def shared_bytes(
     need = 0
     for bundle in bundles:
         if bundle.role == "learner":
-            need += learner.total
+            need += learner.peak
         elif engine is not None:
             need += max(engine.total, engine.total - engine.kv_cache)
     return need
@@ -223,6 +223,13 @@ def shared_bytes(
 
 def _learner_advice(config: RunConfig, learner: Memory) -> str:
     """What would help most."""
+    if learner.start > learner.total:
+        narrower = ", learner.dtype: bfloat16" if config.learner.dtype == "float32" else ""
+        return (
+            f"most of it is needed at the start, when each learner loads the whole policy ({learner.start / GIB:.1f} "
+            "GiB), which ZeRO stage 3 shares only then: more learners do not help; expected a smaller policy.model"
+            f"{narrower} or GPUs with more memory"
+        )
     parts = {
         "activations": "a smaller learner.tokens_per_micro_batch and policy.vllm.max_model_len",
         "weights": "a higher ZeRO stage (learner.deepspeed.zero_optimization.stage) or more learners",

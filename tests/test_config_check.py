@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
+from raygym.architecture import read_architecture
 from raygym.cli import main
 from raygym.config import ConfigError, RunConfig
 from raygym.config_file import load_config, parse_config
 from raygym.engine_options import check_engine_options
+from raygym.estimate_report import report
 from raygym.memory_estimate import GIB
-from raygym.model_shape import ModelShape
+from raygym.model_shape import ModelShape, read_shape
 from raygym.nemo_gym.config import NemoGymMissing
 from raygym.roofline import H100
 from raygym.run_estimate import Cluster, default_workload, estimate_run
@@ -112,6 +114,38 @@ def test_what_does_not_fit_is_told_with_what_to_change(
     # What fits and what does not is still shown, as YAML.
     assert yaml.safe_load(out)["name"] == "qwen2.5_7b"
     assert "memory, GiB" in out
+
+
+QWEN2_5_72B = {
+    "model_type": "qwen2", "num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "intermediate_size": 29568, "vocab_size": 152064, "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def test_a_policy_that_learners_cannot_load_is_told_although_its_shares_would_fit() -> None:
+    config, shape = load_config(CONFIGS / "gpu" / "qwen3_32b_64gpu.yaml"), read_shape(QWEN2_5_72B)
+    assert shape.parameters == pytest.approx(72.7e9, rel=1e-3)
+    estimate = estimate_run(config, shape, CLUSTER, default_workload(config, shape))
+    assert estimate.learner is not None and estimate.learner.total < 0.95 * CLUSTER.gpu_bytes
+    (problem,) = estimate.problems
+    for word in ("learner.gpus_per_learner: learner 0", "136.9 GiB", "at the start", "more learners do not help"):
+        assert word in problem
+    large = Cluster(8, 192.0, H100, 1.0)
+    assert estimate_run(config, shape, large, default_workload(config, shape)).problems == ()
+
+
+def test_the_largest_shipped_policy_fits_at_the_start_but_barely() -> None:
+    config = load_config(CONFIGS / "gpu" / "qwen3_32b_64gpu.yaml")
+    architecture = read_architecture(config.policy.model, None)
+    assert architecture is not None
+    shape = read_shape(architecture.config)
+    estimate = estimate_run(config, shape, CLUSTER, default_workload(config, shape))
+    assert estimate.learner is not None and estimate.problems == ()
+    assert estimate.learner.peak == estimate.learner.start > estimate.learner.total
+    assert estimate.learner.start / CLUSTER.gpu_bytes == pytest.approx(0.78, abs=0.01)
+    lines = report(config, estimate, CLUSTER)
+    assert "  a learner at the start: 62.5 of 80, for it loads the whole policy before ZeRO-3 shares it" in lines
+    assert "  a node's host at the start: 488.2, through which 8 learners load 61.0 each" in lines
 
 
 @pytest.mark.usefixtures("nothing_here")

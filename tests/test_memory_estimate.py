@@ -53,6 +53,16 @@ def test_states_are_those_of_the_zero_paper(stage: int, bytes_per_parameter: flo
     assert states / SHAPE.parameters == pytest.approx(bytes_per_parameter, rel=0.02)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_rank_loads_the_whole_policy_before_anything_is_shared(stage: int) -> None:
+    memory = estimate_learner(replace(LEARNER, ranks=64, zero_stage=stage, offload_parameters=stage == 3))
+    assert memory.start == 2 * SHAPE.parameters + CONTEXT_BYTES
+    assert memory.start_host == 2 * SHAPE.parameters
+    assert memory.peak == max(memory.start, memory.total)
+    on_cpu = estimate_learner(replace(LEARNER, ranks=64, zero_stage=stage, gpu=False))
+    assert (on_cpu.start, on_cpu.start_host) == (2 * SHAPE.parameters, 0)
+
+
 def test_adam_in_fp32_without_zero_keeps_no_second_copy_of_the_weights() -> None:
     memory = estimate_learner(replace(LEARNER, bytes_per_value=4))
     assert memory.weights == memory.gradients == 4 * SHAPE.parameters
@@ -99,6 +109,7 @@ def test_the_total_is_the_sum_and_nothing_is_negative(setup: LearnerSetup) -> No
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.kv_cache, memory.buffers]
     assert min(parts) >= 0
     assert memory.total == sum(parts)
+    assert setup.zero_stage == 3 or setup.offload_parameters or memory.start <= memory.total
 
 
 @EXACT
