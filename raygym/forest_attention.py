@@ -12,7 +12,7 @@ Legend: H query heads, K key heads, T tokens, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,8 @@ class ForestLayout:
     positions_T: Tensor
     length: int
     """Tokens of the longest sequence."""
+    block_masks: list[Any] = field(default_factory=list, compare=False, repr=False)
+    """FlexAttention's mask, once it was needed: all layers have the same."""
 
     def to(self, device: torch.device) -> ForestLayout:
         """The same on another device."""
@@ -65,6 +67,9 @@ def forest_attention(
         NotImplementedError: the model asks for something that would be left out silently.
     """
     asked = [name for name in _MISSING if kwargs.get(name) is not None]
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    if kinds and sliding_window is None and (kind := kinds[module.layer_idx]) != "full_attention":
+        asked.append(kind)  # what only a mask would tell; there is none
     if asked or dropout or attention_mask is not None:
         raise NotImplementedError(f"forest attention has no {', '.join(asked) or 'dropout or mask'}")
     scale = scaling if scaling is not None else query_1HTD.shape[-1] ** -0.5
@@ -110,7 +115,9 @@ def flex(query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, forest: Fores
         return (k <= q) & (q < ends_T[k])
 
     length = query_1HTD.shape[2]
-    mask = block_mask(seen, None, None, length, length, device=query_1HTD.device)
+    if not forest.block_masks:
+        forest.block_masks.append(block_mask(seen, None, None, length, length, device=query_1HTD.device))
+    mask = forest.block_masks[0]
     out: Tensor = attend(query_1HTD, key_1KTD, value_1KTD, block_mask=mask, scale=scale, enable_gqa=True)
     return out
 

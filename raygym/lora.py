@@ -49,7 +49,10 @@ def add_adapters(policy: Any, config: LoraConfig) -> None:
     if hasattr(policy.get_output_embeddings(), "lora_A"):
         raise ValueError(_problem(policy, config, "it names the output head, which may share its weight"))
     dtype = next(policy.parameters()).dtype
-    policy.to(dtype).eval()
+    # The adapters only: buffers, such as rotary frequencies, are in fp32 and must stay so.
+    for parameter in adapter_parameters(policy).values():
+        parameter.data = parameter.data.to(dtype)
+    policy.eval()
 
 
 def _conv1d() -> type[nn.Module]:

@@ -50,6 +50,8 @@ class MicroBatch:
     """The same without what several of them share, which is computed once."""
     num_pairs: int
     """T x T of each sequence, summed; of what several share, once. (2 x position + 1 of each computed token.)"""
+    most_trained: int = 0
+    """Trained tokens of that rank's micro-batch which has the most, of those that are computed at the same time."""
     forest: ForestLayout | None = None
     """Where the one row is a `PrefixForest`."""
 

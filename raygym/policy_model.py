@@ -5,6 +5,7 @@ Legend: B rows, L tokens a row, N trained tokens, C tokens of one chunk, V vocab
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class TokenLogprobs(nn.Module):
     """Wraps a Hugging Face causal language model.
 
     The output head runs only where a trained token is predicted, in chunks: with more than one, a chunk's logits are
-    recomputed in the backward pass, so memory is bounded by `chunk_logits` instead of N x V.
+    recomputed in the backward pass, so memory is bounded by `chunk_logits` instead of N x V. How many chunks there are
+    must be the same on all ranks (`MicroBatch.most_trained`): under ZeRO-3 each use of the head is a collective.
     """
 
     def __init__(self, policy: Any, chunk_logits: int = CHUNK_LOGITS) -> None:
@@ -45,9 +47,11 @@ class TokenLogprobs(nn.Module):
             input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False, **layout
         ).last_hidden_state
         hidden_NH = hidden_BLH.flatten(0, 1)[batch.positions_N]
-        chunks = zip(hidden_NH.split(self._chunk), batch.target_ids_N.split(self._chunk), strict=True)
-        if len(hidden_NH) <= self._chunk:
+        number = math.ceil(max(len(hidden_NH), batch.most_trained) / self._chunk)
+        if number == 1:
             return self._head(hidden_NH, batch.target_ids_N, temperature)
+        # Some may be empty.
+        chunks = zip(hidden_NH.tensor_split(number), batch.target_ids_N.tensor_split(number), strict=True)
         parts = [checkpoint(self._head, h, target, temperature, use_reentrant=False) for h, target in chunks]
         logprobs, entropies = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Protocol
 
@@ -166,9 +167,9 @@ class PolicyUpdate:
     @torch.no_grad()
     def _logprobs_of(self, sequences: Sequence[TrainSequence], compute: ComputeLogprobs) -> dict[int, Float32Array]:
         found: dict[int, Float32Array] = {}
-        for indices in self._micro_batches(sequences):
+        for indices, most_trained in self._micro_batches(sequences):
             share = [sequences[index] for index in indices]
-            logprobs_N = compute(self._packing.pack(share).to(self._device))[0].cpu().numpy()
+            logprobs_N = compute(self._packed(sequences, indices, most_trained))[0].cpu().numpy()
             start = 0
             for index, sequence in zip(indices, share, strict=True):
                 found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
@@ -192,17 +193,21 @@ class PolicyUpdate:
         if self._config.weighs_tokens:
             for number, mini_batch in list(enumerate(mini_batches))[1:]:
                 found[number] = [
-                    self._engine.logprobs(self._packed(mini_batch, indices))[0].detach()
-                    for indices in self._micro_batches(mini_batch)
+                    self._engine.logprobs(self._packed(mini_batch, *micro_batch))[0].detach()
+                    for micro_batch in self._micro_batches(mini_batch)
                 ]
         return found
 
-    def _packed(self, mini_batch: list[TrainSequence], indices: Sequence[int]) -> MicroBatch:
-        return self._packing.pack([mini_batch[index] for index in indices]).to(self._device)
+    def _packed(self, sequences: Sequence[TrainSequence], indices: Sequence[int], most_trained: int) -> MicroBatch:
+        batch = self._packing.pack([sequences[index] for index in indices])
+        return replace(batch, most_trained=most_trained).to(self._device)
 
-    def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[int, ...]]:
-        budget = self._config.tokens_per_micro_batch
-        return self._packing.assign(sequences, self._world_size, budget)[self._rank]
+    def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[tuple[tuple[int, ...], int]]:
+        """This rank's, as indices, each with the most trained tokens that a rank has at the same time."""
+        ranks = self._packing.assign(sequences, self._world_size, self._config.tokens_per_micro_batch)
+        trained = [int(sequence.loss_mask.sum()) for sequence in sequences]
+        most = [max(sum(trained[index] for index in each) for each in at_once) for at_once in zip(*ranks, strict=True)]
+        return list(zip(ranks[self._rank], most, strict=True))
 
     def _accumulate_gradients(
         self,
@@ -215,8 +220,8 @@ class PolicyUpdate:
     ) -> None:
         """This rank's backward passes, counted in `statistics`."""
         micro_batches = self._micro_batches(mini_batch)
-        for number, indices in enumerate(micro_batches):
-            batch = self._packed(mini_batch, indices)
+        for number, (indices, most_trained) in enumerate(micro_batches):
+            batch = self._packed(mini_batch, indices, most_trained)
             logprobs_N, entropies_N = self._engine.logprobs(batch)
             proximal_N = logprobs_N.detach() if proximal is None else proximal[number]
             parts = self._objective(batch, logprobs_N, entropies_N, proximal_N)

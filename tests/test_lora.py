@@ -102,6 +102,16 @@ def test_bfloat16_weights_are_summed_up_in_float32() -> None:
     assert torch.equal(weight.merged(), exact.float().to(torch.bfloat16))
 
 
+def test_rotary_frequencies_stay_in_float32_beside_adapters_in_bfloat16() -> None:
+    policy = load(dtype=torch.bfloat16)
+    before = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+    add_adapters(policy, CONFIG)
+    assert before and {name for name, _ in policy.named_buffers()} == before.keys()
+    for name, buffer in policy.named_buffers():
+        assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name]), name
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
+
+
 def test_gpt2_keeps_its_weights_the_other_way_around() -> None:
     torch.manual_seed(0)
     policy = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2)).eval()

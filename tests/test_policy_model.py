@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,15 @@ import torch
 from test_packing import make_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
+from raygym.config import LearnerConfig
+from raygym.forest_attention import forest_attention
 from raygym.forest_packing import pack_forest
 from raygym.models import resolve_policy
-from raygym.packing import pack
+from raygym.packing import MicroBatch, pack
 from raygym.policy_model import TokenLogprobs
-from raygym.policy_packing import FOREST, ROWS, choose_packing
+from raygym.policy_packing import FOREST, ROWS, Packing, choose_packing
 from raygym.types import TrainSequence
+from raygym.update import PolicyUpdate
 
 TEMPERATURE = 0.7
 
@@ -40,13 +44,13 @@ def capped() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config).eval()
 
 
-def one_by_one(model: torch.nn.Module, sequences: list[TrainSequence]) -> np.ndarray:
+def one_by_one(model: torch.nn.Module, sequences: list[TrainSequence], temperature: float = TEMPERATURE) -> np.ndarray:
     """The trained tokens' logprobs from the model's own forward, a sequence at a time."""
     found = []
     for sequence in sequences:
         ids = torch.tensor(sequence.token_ids, dtype=torch.long)
         with torch.no_grad():
-            logprobs = torch.log_softmax(model(input_ids=ids[None]).logits[0].float() / TEMPERATURE, -1)
+            logprobs = torch.log_softmax(model(input_ids=ids[None]).logits[0].float() / temperature, -1)
         trained = np.flatnonzero(sequence.loss_mask)
         found.append(logprobs[trained - 1, ids[trained]].numpy())
     return np.concatenate(found)
@@ -175,3 +179,45 @@ def test_logits_that_cannot_be_reproduced_are_refused(
     monkeypatch.setattr("raygym.policy_model._SOFTCAPS", ())
     with pytest.raises(ValueError, match="gemma2 gives other logprobs"):
         choose_packing(TokenLogprobs(capped), "auto")
+
+
+@pytest.mark.parametrize("packing", [ROWS, FOREST], ids=["rows", "forest"])
+def test_all_ranks_use_the_head_equally_often(tiny: LlamaForCausalLM, packing: Packing) -> None:
+    """Under ZeRO-3 each use is a collective: one more on a rank would wait for ever."""
+    policy = copy.deepcopy(tiny)
+    choose_packing(TokenLogprobs(policy), packing.name)
+    model, calls = TokenLogprobs(policy, chunk_logits=259 * 4), [0]
+    policy.get_output_embeddings().register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+
+    class Counting:
+        def logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            return model(batch, 1.0)
+
+        def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+            loss.backward()
+
+        def step(self, lr: float) -> float:
+            return 0.0
+
+    counts, found = [], {}
+    sequences = [make_sequence(200, 0, trained=0.9), *(make_sequence(30, seed) for seed in range(1, 5))]
+    for rank in range(3):
+        config = LearnerConfig(tokens_per_micro_batch=220)
+        update = PolicyUpdate(config, Counting(), 1.0, packing=packing, rank=rank, world_size=3)
+        found |= update.token_logprobs(sequences)
+        counts.append(calls[0])
+        calls[0] = 0
+    assert len(set(counts)) == 1 and counts[0] > 10, counts
+    expected = [one_by_one(tiny, [sequence], 1.0) for sequence in sequences]
+    for index, sequence in enumerate(sequences):
+        np.testing.assert_allclose(found[index][sequence.loss_mask], expected[index], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["chunked_attention", "sliding_attention"])
+def test_what_only_a_mask_would_tell_is_refused(kind: str) -> None:
+    module = SimpleNamespace(config=SimpleNamespace(layer_types=["full_attention", kind]), layer_idx=0)
+    states = [torch.zeros(1, 2, 3, 8) for _ in range(3)]
+    forest_attention(module, *states, None)
+    module.layer_idx = 1
+    with pytest.raises(NotImplementedError, match=kind):
+        forest_attention(module, *states, None)
