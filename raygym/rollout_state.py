@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from raygym.open_group import SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
 
 _ARRAYS = ("token_ids", "loss_mask", "logprobs", "weight_versions")
-_PLAIN = ("group_id", "episode", "attempt", "reward", "messages", "drifted", "metrics")
+# Written and read in a way of their own. `failure`: what is whole has none.
+_OTHERS = ("task", "status", "turns", "sampling", "messages", "failure")
+# What is added to a trajectory is here by itself.
+_PLAIN = [f.name for f in fields(Trajectory) if f.init and f.name not in {*_ARRAYS, *_OTHERS}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class RolloutState:
 def _record(trajectory: Trajectory) -> dict[str, Any]:
     return {
         **{name: getattr(trajectory, name) for name in _PLAIN},
+        "messages": trajectory.messages,
         "task": asdict(trajectory.task),
         "status": trajectory.status.value,
         "tokens": len(trajectory.token_ids),
@@ -91,7 +95,8 @@ def _groups(whole: list[list[dict[str, Any]]], arrays: dict[str, Any]) -> Iterat
             trajectories.append(
                 Trajectory(
                     **{name: arrays[name][start:end] for name in _ARRAYS},
-                    **{name: record[name] for name in _PLAIN if name != "messages"},
+                    # An earlier raygym wrote none of what came later.
+                    **{name: record[name] for name in _PLAIN if name in record},
                     messages=tuple(record["messages"]),
                     task=Task(**record["task"]),
                     status=EpisodeStatus(record["status"]),

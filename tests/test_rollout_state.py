@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
         trajectory(Task(9, "a", 3), 0, 1 / 3, turns=1),
         logprobs=np.asarray([0, 0, -1 / 3, -1e-30], np.float32),
         metrics={"score": float(np.float64(0.1))},
+        reward_components={"größe\n": 1 / 3, "": -0.0, "tiny": 5e-324, "numpy": np.float64(0.1)},
         messages=({"role": "assistant", "content": None, "tool_calls": [{"id": "é", "function": {"name": "f"}}]},),
     )
     whole = (*groups, Group("train-9", odd.task, (odd, trajectory(odd.task, 1, 0.0))))
@@ -40,6 +42,17 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     loaded = RolloutState.load(tmp_path)
     assert loaded.scheduler == collected().state
     for mine, its in zip(whole, loaded.whole, strict=True):
+        assert_same(mine, its)
+
+
+def test_a_field_that_a_checkpoint_lacks_has_its_default(tmp_path: Path) -> None:
+    RolloutState(collected().state, collected().groups).save(tmp_path)
+    path = tmp_path / "rollouts.json"
+    data = json.loads(path.read_text())
+    for record in (record for records in data["whole"] for record in records):
+        del record["reward_components"], record["failure_detail"]
+    path.write_text(json.dumps(data))
+    for mine, its in zip(collected().groups, RolloutState.load(tmp_path).whole, strict=True):
         assert_same(mine, its)
 
 
