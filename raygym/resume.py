@@ -101,9 +101,7 @@ def resume_point(config: RunConfig, *, allow_change: bool, told: Callable[[str],
             f"{config.run_dir} has made its {config.steps} steps; raise steps to go on, or use {_FRESH}"
         )
     rollouts = RolloutState.load(checkpoint.state)
-    rollouts = rollouts.resumed(
-        checkpoint.step, checkpoint.config["rollout"]["groups_per_step"], config.rollout.groups_per_step
-    )
+    rollouts = rollouts.resumed(checkpoint.step, config.rollout.groups_per_step, config.rollout.order)
     run = json.loads((checkpoint.state / _RUN).read_text(encoding="utf-8"))
     return ResumePoint(checkpoint, rollouts, parsed_row(run["row"]), run["validated"])
 
