@@ -1,6 +1,7 @@
 """The rules of the alarms: each looks at one step's scalars after another, and says what is wrong or nothing.
 
-A step that does not have a rule's scalars, or has them as no finite number, changes nothing.
+A step that does not have a rule's scalars, or has them as no finite number, changes nothing. Nor does a step that
+trained no token, where the scalar is of the update: it is 0 then, which is no measurement.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class EntropyCollapse:
 
     def look(self, metrics: Metrics) -> str:
         """Of `Rule`."""
-        entropy = _finite(metrics, "policy/entropy")
+        entropy = _of_update(metrics, "policy/entropy")
         if entropy is None:
             return ""
         if len(self._start) < self._config.patience:
@@ -66,7 +67,7 @@ class LogprobDrift:
 
     def look(self, metrics: Metrics) -> str:
         """Of `Rule`."""
-        difference = _finite(metrics, "policy/logprob_abs_diff")
+        difference = _of_update(metrics, "policy/logprob_abs_diff")
         if difference is None:
             return ""
         stale = metrics.get("policy/staleness_max", 0.0) > 0
@@ -93,7 +94,7 @@ class GradientSpike:
 
     def look(self, metrics: Metrics) -> str:
         """Of `Rule`."""
-        norm = _finite(metrics, "grad/norm")
+        norm = _of_update(metrics, "grad/norm")
         if norm is None:
             return ""
         before = [*self._before]
@@ -133,6 +134,10 @@ class RewardCollapse:
             f"reward/mean {reward:.3g}, {self._streak} steps in a row more than {drop:.3g} below the {best:.3g} of the "
             f"best {self._config.window} steps"
         )
+
+
+def _of_update(metrics: Metrics, name: str) -> float | None:
+    return None if metrics.get("tokens/trained") == 0 else _finite(metrics, name)
 
 
 def _finite(metrics: Metrics, name: str) -> float | None:

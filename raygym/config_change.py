@@ -11,7 +11,7 @@ from typing import Any
 # version of the config adds is outside until somebody has thought about it.
 _HARMLESS = re.compile(
     r"""
-    steps | runs_dir | logging\..* | checkpoint\..* | alarms\..* | validation\.(every|deadline_s)
+    runs_dir | logging\..* | checkpoint\..* | alarms\..* | validation\.(every|deadline_s)
     | .*_timeout_s | sync\.(bucket_mib)
     | policy\.(replicas|gpus_per_replica|api_key_env|strict_sampling|http\..*|sessions\..*)
     | rollout\.(max_concurrent|min_concurrent|concurrency|env_runners|env_runner_memory_mib|max_retries|retries.*
@@ -31,11 +31,8 @@ class Change:
     key: str
     old: Any
     new: Any
-
-    @property
-    def harmless(self) -> bool:
-        """It changes no result beyond the order of floating-point sums."""
-        return _HARMLESS.fullmatch(self.key) is not None
+    harmless: bool
+    """It changes no result beyond the order of floating-point sums."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new}"
@@ -44,8 +41,17 @@ class Change:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """What differs between two configs as plain mappings, by dotted key, in the order of the old one."""
     before, now = flat(old), flat(new)
-    keys = dict.fromkeys([*before, *now])
-    return [Change(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    # A rate that falls until the last step is another one at each step when there are more of them.
+    falls = any(config.get("learner.lr_schedule", "constant") != "constant" for config in (before, now))
+
+    def harmless(key: str) -> bool:
+        return not falls if key == "steps" else _HARMLESS.fullmatch(key) is not None
+
+    return [
+        Change(key, before.get(key), now.get(key), harmless(key))
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

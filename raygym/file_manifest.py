@@ -46,17 +46,24 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Read every file that the manifest names.
 
     Raises:
-        DamagedFolderError: one is missing, or has another size or checksum. Files beyond those do not matter.
+        DamagedFolderError: one is missing, cannot be read, or has another size or checksum. Files beyond those do not
+            matter.
     """
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedFolderError(f"{name} is missing")
-        # The size first: a file that is cut off is told without being read.
-        if (size := path.stat().st_size) != expected["size"]:
-            raise DamagedFolderError(f"{name} has {size} bytes, expected {expected['size']}")
-        if _entry(path) != expected:
-            raise DamagedFolderError(f"{name} has another checksum than when it was written")
+        try:
+            _check_file(folder / name, name, expected)
+        except OSError as error:  # a disk's bad sector, a stale handle of a network's disk
+            raise DamagedFolderError(f"{name} cannot be read ({error.strerror or error})") from error
+
+
+def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise DamagedFolderError(f"{name} is missing")
+    # The size first: a file that is cut off is told without being read.
+    if (size := path.stat().st_size) != expected["size"]:
+        raise DamagedFolderError(f"{name} has {size} bytes, expected {expected['size']}")
+    if _entry(path) != expected:
+        raise DamagedFolderError(f"{name} has another checksum than when it was written")
 
 
 def _names(folder: Path) -> set[str]:

@@ -72,13 +72,18 @@ def resume_point(config: RunConfig, *, allow_change: bool, told: Callable[[str],
         told: gets lines for a person: checkpoints that are skipped, keys that have changed.
 
     Raises:
-        ConfigError: the config has changed, and that is not allowed.
+        ConfigError: it has checkpoints, and none can be used; or the config has changed, and that is not allowed.
         FinishedError: there is nothing left to do.
     """
     store = checkpoint_store(config)
     store.clean()
     checkpoint = store.newest_whole(told)
     if checkpoint is None:
+        if store.steps():  # it was not told to begin anew, and its checkpoints may only be out of reach for now
+            raise ConfigError(
+                f"{config.run_dir}: none of its checkpoints can be used (why was told of each); restore one, or use "
+                f"{_FRESH}"
+            )
         return None
     found = changes(checkpoint.config, config.model_dump(mode="json"))
     refused = [] if allow_change else [change for change in found if not change.harmless]
@@ -91,14 +96,12 @@ def resume_point(config: RunConfig, *, allow_change: bool, told: Callable[[str],
         )
     for change in found:
         told(f"changed: {change}")
-    if checkpoint.step > config.steps or _finished_steps(config.run_dir) >= config.steps:
+    if checkpoint.step > config.steps or _is_finished(config, checkpoint):
         raise FinishedError(
             f"{config.run_dir} has made its {config.steps} steps; raise steps to go on, or use {_FRESH}"
         )
     rollouts = RolloutState.load(checkpoint.state)
-    rollouts = rollouts.resumed(
-        checkpoint.step, checkpoint.config["rollout"]["groups_per_step"], config.rollout.groups_per_step
-    )
+    rollouts = rollouts.resumed(checkpoint.step, config.rollout.groups_per_step, config.rollout.order)
     run = json.loads((checkpoint.state / _RUN).read_text(encoding="utf-8"))
     return ResumePoint(checkpoint, rollouts, parsed_row(run["row"]), run["validated"])
 
@@ -130,10 +133,12 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _finished_steps(run_dir: Path) -> int:
-    """What summary.json says; -1 where the run has not come to its end."""
+def _is_finished(config: RunConfig, newest: Checkpoint) -> bool:
+    """Whether the run came to its end, as summary.json says, and what it left there is whole."""
     try:
-        summary: Any = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        return int(summary["steps"])
+        summary: Any = json.loads((config.run_dir / "summary.json").read_text(encoding="utf-8"))
+        made, saved = int(summary["steps"]), "checkpoint" in summary
     except (OSError, ValueError, KeyError, TypeError):
-        return -1
+        return False
+    # Where its last step was saved and that is damaged by now, the last steps are made again.
+    return made >= config.steps and (newest.step >= config.steps or not saved)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -15,7 +15,10 @@ from raygym.open_group import SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
 
 _ARRAYS = ("token_ids", "loss_mask", "logprobs", "weight_versions")
-_PLAIN = ("group_id", "episode", "attempt", "reward", "messages", "drifted", "metrics")
+# Written and read in a way of their own. `failure`: what is whole has none.
+_OTHERS = ("task", "status", "turns", "sampling", "messages", "failure")
+# What is added to a trajectory is here by itself.
+_PLAIN = [f.name for f in fields(Trajectory) if f.init and f.name not in {*_ARRAYS, *_OTHERS}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +30,26 @@ class RolloutState:
     whole: tuple[Group, ...] = ()
     """Those, in the order in which they became whole. Without one of them here, it is played again."""
 
-    def resumed(self, step: int, old_per_step: int, groups_per_step: int) -> RolloutState:
+    def resumed(self, step: int, groups_per_step: int, order: Literal["task", "completion"]) -> RolloutState:
         """For the first scheduler of a new process, which has to number its attempts as the first of all did.
+
+        Owed groups get the places of the steps to come. In task order those are the ones that they have, unless steps
+        had another size until now, or there were no places.
 
         Args:
             step: steps that were collected.
-            old_per_step: groups of a step until now.
-            groups_per_step: from now on. Where it differs, owed groups move to the places of the steps to come.
+            groups_per_step: of a step from now on.
+            order: from now on.
         """
-        state = replace(self.scheduler, restarts=0)
-        if old_per_step != groups_per_step:
-            delivered = step * groups_per_step
-            owed = sorted(state.groups, key=lambda group: group.slot)
-            groups = tuple(
-                group if group.slot < 0 else replace(group, slot=delivered + place) for place, group in enumerate(owed)
-            )
-            state = replace(state, groups=groups, delivered=delivered)
-            if state.slots_given:
-                state = replace(state, slots_given=delivered + len(groups))
+        delivered = step * groups_per_step
+        owed = sorted(self.scheduler.groups, key=lambda group: (group.slot, group.task))
+        if order == "task":
+            groups = tuple(replace(group, slot=delivered + place) for place, group in enumerate(owed))
+            slots_given = delivered + len(groups)
+        else:  # which group is trained when is not known before it is whole
+            groups = tuple(replace(group, slot=-1) for group in owed)
+            slots_given = 0
+        state = replace(self.scheduler, groups=groups, delivered=delivered, slots_given=slots_given, restarts=0)
         return replace(self, scheduler=state)
 
     def save(self, folder: Path) -> None:
@@ -74,6 +79,7 @@ class RolloutState:
 def _record(trajectory: Trajectory) -> dict[str, Any]:
     return {
         **{name: getattr(trajectory, name) for name in _PLAIN},
+        "messages": trajectory.messages,
         "task": asdict(trajectory.task),
         "status": trajectory.status.value,
         "tokens": len(trajectory.token_ids),
@@ -91,7 +97,8 @@ def _groups(whole: list[list[dict[str, Any]]], arrays: dict[str, Any]) -> Iterat
             trajectories.append(
                 Trajectory(
                     **{name: arrays[name][start:end] for name in _ARRAYS},
-                    **{name: record[name] for name in _PLAIN if name != "messages"},
+                    # An earlier raygym wrote none of what came later.
+                    **{name: record[name] for name in _PLAIN if name in record},
                     messages=tuple(record["messages"]),
                     task=Task(**record["task"]),
                     status=EpisodeStatus(record["status"]),

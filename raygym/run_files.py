@@ -131,6 +131,10 @@ class RunFiles:
             again = kind == "validation" and of_step == step and step not in self._rows
             if of_step > step or again:
                 move_into(path, discarded / "trajectories")
+        for path in sorted((self.path / "alarms").glob("step_*")):
+            number = path.name.split("_")[1]
+            if number.isdigit() and int(number) > step:
+                move_into(path, discarded / "alarms")
         checkpoints.move_newer(step, discarded / "checkpoints")
         # It shows metrics.jsonl, and is written anew from it.
         move_into(self.path / "tensorboard", discarded)
@@ -181,7 +185,6 @@ class RunFiles:
         folder = self.path / "alarms" / f"step_{step:06d}_{alarm.name}"
         folder.mkdir(parents=True, exist_ok=True)
         records = [trajectory_record(t) for group in collected.groups for t in group.trajectories]
-        # The same step may be made again after a run was resumed: what was there is replaced.
         write_whole(folder / "trajectories.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         found = {
             "step": step,

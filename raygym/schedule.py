@@ -9,42 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
-from raygym.failure_budget import FailureBudget, RolloutStopped, failure_of
+from raygym.failure_budget import RolloutStopped, failure_of
 from raygym.open_group import Dropped, Events, GroupState, OpenGroup, SchedulerState
+from raygym.owed_groups import OwedGroups
+from raygym.scheduler_options import SchedulerOptions
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
 
 __all__ = ["Assignment", "Collected", "Dropped", "RolloutStopped", "Scheduler", "SchedulerOptions", "SchedulerState"]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOptions:
-    """What `rollout` of the run config says about scheduling; see there."""
-
-    groups_per_step: int
-    group_size: int
-    steps: int
-    max_concurrent: int
-    max_staleness: int = 0
-    max_retries: int = 3
-    retries: Mapping[str, int] = field(default_factory=dict)
-    max_replaced_groups: int = 16
-    max_failures_in_a_row: int | None = None
-    order: Literal["task", "completion"] = "task"
-    over_sampling: float = 0.0
-    extra_episodes: int = 0
-    group_deadline_s: float | None = None
-    dynamic_sampling: bool = False
-    max_uniform_groups: int = 64
-
-    def failure_budget(self) -> FailureBudget:
-        """What may be tried again."""
-        in_a_row = self.max_failures_in_a_row or max(256, 4 * self.max_concurrent)
-        return FailureBudget(self.max_retries, self.retries, in_a_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +74,10 @@ class Scheduler:
             options: see there.
             clock: seconds, for `group_deadline_s`.
             state: where an earlier scheduler of the run stood, as its `successor`; the cursor stands there. Groups
-                that it owes are played again as the same groups; attempts have higher numbers than any of its own.
+                that it owes are played again as the same groups, as soon as `options` admit them; attempts have higher
+                numbers than any of its own.
             whole: groups that it owes and that need not be played again, in the order in which they became whole. Those
-                that it does not owe, or that are too stale or of other options by now, are left aside.
+                that do not fit any more are left aside.
         """
         self._cursor = cursor
         self._options = options
@@ -144,7 +120,9 @@ class Scheduler:
         """So many more are handed out, for whoever runs them to have the next one at hand."""
         self.first_attempt = state.restarts * (1 + max(options.max_retries, *options.retries.values(), 0))
         """Number of the first attempt at each episode; that of an earlier scheduler's last one is lower."""
-        self._restore(state, {group.task.index: group for group in whole})
+        owed = OwedGroups.of(state, whole, cursor, options)
+        self._later = owed.later
+        self._restore(state, owed)
 
     @property
     def running(self) -> int:
@@ -170,7 +148,7 @@ class Scheduler:
             cursor=self._cursor.state(),
             delivered=self._delivered,
             slots_given=self._slots_given,
-            groups=tuple(GroupState(g.task.index, g.slot, g.admitted_at) for g in self._train.values()),
+            groups=(*(GroupState(g.task.index, g.slot, g.admitted_at) for g in self._train.values()), *self._later),
             dropped=tuple((drop.task.index, drop.cause) for drop in events.dropped),
             failures=tuple((env, kind, count) for (env, kind), count in events.failures.items()),
             replaced_in_a_row=self._replaced_in_a_row["train"],
@@ -333,45 +311,32 @@ class Scheduler:
 
     def _admit(self) -> None:
         options = self._options
-        total = options.steps * options.groups_per_step
-        ahead = min((self._version + 1 + options.max_staleness) * options.groups_per_step, total)
+        ahead = options.admissible(self._version)
+        while self._later and self._later[0].slot < ahead:
+            owed = self._later.popleft()
+            self._open(self._cursor.task(owed.task), owed.slot, self._version)
         if options.order == "task":
             while self._slots_given < ahead:
                 self._open(self._cursor.next(), self._slots_given, self._version)
                 self._slots_given += 1
-        elif self._delivered < total:
+        elif self._delivered < options.steps * options.groups_per_step:
             extra = math.ceil(options.over_sampling * options.groups_per_step)
             # Only for places that are free now: a group that waited would be too stale before it had a token.
             free = self.max_concurrent + self.ahead - len(self._running) - len(self._waiting)
             while free > 0 and self._delivered + len(self._train) < ahead + extra:
                 free -= self._open(self._cursor.next(), -1, self._version)
 
-    def _restore(self, state: SchedulerState, whole: Mapping[int, Group]) -> None:
+    def _restore(self, state: SchedulerState, owed: OwedGroups) -> None:
         events = self._events["train"]
         for index, cause in state.dropped:
             task = self._cursor.task(index)
             events.dropped.append(Dropped(task, f"{task.split}-{index}", cause))
         events.failures.update({(env, kind): count for env, kind, count in state.failures})
-        # The oldest step first: a group that replaced another was admitted later than its place tells.
-        kept: dict[int, OpenGroup] = {}
-        for owed in sorted(state.groups, key=lambda group: group.slot):
-            task = self._cursor.task(owed.task)
-            if (found := whole.get(owed.task)) is not None and self._still_good(found, task, owed):
-                kept[owed.task] = OpenGroup(
-                    found.group_id, task, self._options.group_size, owed.admitted_at, owed.slot,
-                    finished={t.episode: t for t in found.trajectories},
-                )  # fmt: skip
-            else:
-                self._open(task, owed.slot, owed.admitted_at)
-        for group in (kept[index] for index in whole if index in kept):
-            self._train[group.group_id] = group
-            self._deliverable(group)
-
-    def _still_good(self, whole: Group, task: Task, owed: GroupState) -> bool:
-        # Not so after a change of the config: other tasks, other sizes of groups, less staleness.
-        trained_at = owed.slot // self._options.groups_per_step if owed.slot >= 0 else self._version
-        fresh = trained_at - owed.admitted_at <= self._options.max_staleness
-        return fresh and whole.task == task and len(whole.trajectories) == self._options.group_size
+        for group in owed.now:
+            self._open(self._cursor.task(group.task), group.slot, group.admitted_at)
+        for kept in owed.whole:
+            self._train[kept.group_id] = kept
+            self._deliverable(kept)
 
     def _open(self, task: Task, slot: int, admitted_at: int, *, first: bool = False) -> int:
         """Returns how many episodes wait for a place now because of it."""

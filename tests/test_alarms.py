@@ -87,6 +87,22 @@ def test_a_gradient_far_above_the_median() -> None:
     assert steps_of("gradient_spike", config, series("grad/norm", [0.0] * 6 + [1.0])) == []
 
 
+def test_a_step_that_trained_no_token_is_no_measurement_of_the_policy() -> None:
+    """Its entropy, difference and norm are 0: the mean of nothing."""
+    config = run_config(patience=2, window=3)
+    nothing = {"policy/entropy": 0.0, "policy/logprob_abs_diff": 0.0, "grad/norm": 0.0, "tokens/trained": 0}
+
+    def with_pauses(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [part for row in rows for part in (nothing, nothing, nothing, row | {"tokens/trained": 9})]
+
+    entropy = series("policy/entropy", [2.0, 2.0, 2.0, 0.1, 0.1])
+    assert steps_of("entropy_collapse", config, with_pauses(entropy)) == [19], "not what the pauses begin with or add"
+    difference = series("policy/logprob_abs_diff", [0.001, 0.5, 0.5])
+    assert steps_of("logprob_drift", config, with_pauses(difference)) == [11], "two in a row, of those that trained"
+    rewards = [{"reward/mean": mean, "reward/std": 0.0, "tokens/trained": 0} for mean in (1, 1, 1, 0, 0)]
+    assert steps_of("reward_collapse", config, rewards) == [4], "all episodes fail alike, so nothing is trained"
+
+
 @pytest.mark.parametrize("shift", [0.0, -5.0])
 def test_a_reward_that_falls_from_its_best(shift: float) -> None:
     config = run_config(patience=2, window=3, reward_drop=0.5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -125,6 +127,22 @@ def test_damage_of_each_kind_to_each_file_is_told_and_the_next_older_is_taken(
     assert step == 1
     assert line.startswith("checkpoint step_000002 is skipped: ")
     assert name in line
+
+
+def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    real = Path.open
+
+    def broken(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == tmp_path / "step_000002/model.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", broken)
+    line = "checkpoint step_000002 is skipped: model.safetensors cannot be read (Input/output error)"
+    assert newest(store) == (1, [line])
 
 
 def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:

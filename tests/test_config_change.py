@@ -53,3 +53,14 @@ def test_only_what_changes_no_result_is_harmless(key: str, harmless: bool) -> No
         node[parts[-1]] = value
     (change,) = changes(old, new)
     assert change.harmless is harmless
+
+
+@pytest.mark.parametrize(
+    "schedules", [("constant", "constant"), ("linear", "linear"), ("constant", "cosine"), (None, "linear")]
+)
+def test_steps_matter_to_a_rate_that_falls_until_the_last(schedules: tuple[str | None, str]) -> None:
+    old, new = (
+        {"steps": steps, "learner": {"lr_schedule": s} if s else {}} for steps, s in zip((3, 5), schedules, strict=True)
+    )
+    (change,) = (change for change in changes(old, new) if change.key == "steps")
+    assert change.harmless is (schedules == ("constant", "constant"))

@@ -14,7 +14,9 @@ from rich.console import Console
 from table_engine import TableEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from raygym.alarms import Alarm
 from raygym.batch import train_sequences
+from raygym.checkpoint import Checkpoint
 from raygym.config import LearnerConfig, RunConfig
 from raygym.config_file import load_config, parse_config
 from raygym.console import RunConsole, sparkline
@@ -23,6 +25,8 @@ from raygym.method_config import MethodConfig
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics, validation_metrics
 from raygym.model_flops import ModelFlops
 from raygym.open_group import GroupState
+from raygym.resume import ResumePoint, checkpoint_store
+from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected, Dropped, SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
@@ -130,6 +134,24 @@ def test_everything_is_written_and_an_earlier_run_is_kept(config: RunConfig) -> 
     assert [event.value for event in events.Scalars("reward/mean")] == [0.25]
     assert files.moved_to is not None
     assert (files.moved_to / "metrics.jsonl").is_file()
+
+
+def test_alarms_of_steps_that_are_made_again_are_kept_aside(config: RunConfig) -> None:
+    files = RunFiles(config)
+    with checkpoint_store(config).writing(3, {}):
+        pass
+    for step, name in ((3, "entropy_collapse"), (4, "entropy_collapse"), (1_000_000, "not_finite")):
+        files.alarm(step, Alarm(name, "warn", "why"), {}, collected())
+    (files.path / "alarms/notes").mkdir()
+    files.close()
+    checkpoint = Checkpoint(checkpoint_store(config).path_of(3), 3, {})
+    files = RunFiles(config, ResumePoint(checkpoint, RolloutState(), {}, validated=False))
+    files.close()
+    assert {path.name for path in (files.path / "alarms").iterdir()} == {"step_000003_entropy_collapse", "notes"}
+    assert files.discarded is not None
+    aside = {path.name: path for path in (files.discarded / "alarms").iterdir()}
+    assert set(aside) == {"step_000004_entropy_collapse", "step_1000000_not_finite"}
+    assert (aside["step_000004_entropy_collapse"] / "trajectories.jsonl").is_file()
 
 
 def test_a_histogram_and_what_is_not_finite_are_json_and_reach_tensorboard(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_any_interleaving_keeps_the_promises(
     max_concurrent: int,
     groups_per_step: int,
     group_size: int,
-    order: str,
+    order: Literal["task", "completion"],
     over_sampling: float,
     extra_episodes: int,
     dynamic_sampling: bool,
@@ -142,7 +142,7 @@ def test_any_interleaving_keeps_the_promises(
             checkpoint = now, version, list(collected), began
         if rng.random() < kill_rate:
             rollouts, version, collected, started_at = checkpoint[0], checkpoint[1], [*checkpoint[2]], {**checkpoint[3]}
-            rollouts = rollouts.resumed(version, groups_per_step, groups_per_step)
+            rollouts = rollouts.resumed(version, groups_per_step, order)
             state, kept = rollouts.scheduler, {group.group_id for group in rollouts.whole}
             schedule, running = scheduler(clock, state, rollouts.whole, **options), []
             attempts.clear()
