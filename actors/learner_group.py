@@ -140,7 +140,12 @@ def rank_environment(config: LearnerConfig, cores: int) -> dict[str, str]:
     if not threads and not config.gpus_per_learner:
         threads = max(1, cores // config.num_learners)
     environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    return environment if config.gpus_per_learner else {**environment, "DS_ACCELERATOR": "cpu"}
+    if config.gpus_per_learner:
+        return environment
+    # A thread that waits must not spin: with `max_staleness` above 0 an engine wants the core (a step took 2.7 times
+    # as long on two cores).
+    waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return {**environment, "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": waiting}
 
 
 def _start_rank(

@@ -27,6 +27,8 @@ _CPU_ENGINE_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Threads that wait leave their core to whoever works: the learner, other engines.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 # Blocks of 32 tokens, the smallest that vLLM takes on CPU: its default of 128 caches nothing of a short history.
 _CPU_ENGINE_OPTIONS: dict[str, Any] = {"enforce_eager": True, "dtype": "float32", "block_size": 32}

@@ -9,13 +9,15 @@ import pytest
 from raygym.actors.learner_group import rank_environment
 from raygym.config import LearnerConfig
 
+CPU = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"num_learners": 2}, {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}),
-        ({"num_learners": 32}, {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}),
-        ({"threads": 3}, {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}),
+        ({"num_learners": 2}, {"OMP_NUM_THREADS": "4", **CPU}),
+        ({"num_learners": 32}, {"OMP_NUM_THREADS": "1", **CPU}),
+        ({"threads": 3}, {"OMP_NUM_THREADS": "3", **CPU}),
         ({"num_learners": 32, "gpus_per_learner": 1}, {}),
         ({"num_learners": 2, "gpus_per_learner": 1, "threads": 6}, {"OMP_NUM_THREADS": "6"}),
     ],
