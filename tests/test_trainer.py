@@ -63,7 +63,7 @@ class Everything:
         if self._updates == self.learning_fails_at:
             raise RuntimeError("a learner is lost")
         self.begun[f"after {self.version}"].set()
-        return defaultdict(float, self.learned.get(self._updates, {}))
+        return defaultdict(float, {"tokens_trained": 1.0} | self.learned.get(self._updates, {}))
 
     def publish(self, version: int) -> Published:
         assert not self.validating
