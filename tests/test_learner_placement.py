@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def two_gpu_nodes(ray_cluster: None) -> Iterator[None]:
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     nodes: list[subprocess.Popen[bytes]] = []
+    before = sum(node["Alive"] for node in ray.nodes())
     try:
         for count in (2, 4):  # one after the other: two that start at once on one machine hinder each other
             nodes.append(
@@ -53,8 +55,18 @@ def two_gpu_nodes(ray_cluster: None) -> Iterator[None]:
     finally:
         for node in nodes:
             for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    # A raylet that is asked to end says so to the cluster; one that is killed is missed a minute later,
+                    # and until then the tests that follow are given its node.
+                    process.terminate()
+        psutil.wait_procs([psutil.Process(node.pid) for node in nodes if psutil.pid_exists(node.pid)], timeout=30)
+        for node in nodes:
+            node.kill()
             node.wait(timeout=60)
+        deadline = time.monotonic() + 120
+        while sum(node["Alive"] for node in ray.nodes()) > before:
+            assert time.monotonic() < deadline, "the nodes that were stopped are still there"
+            time.sleep(0.1)
 
 
 def config(**changes: Any) -> LearnerConfig:
