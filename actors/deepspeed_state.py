@@ -104,8 +104,8 @@ class _WholeState(_State):
                 parameter.copy_(self._masters[name])
 
 
-class _FlatState(_State):
-    """ZeRO 1 and 2: each rank has a part of what all parameters are when laid end to end."""
+class _SharedOut(_State):
+    """ZeRO: each rank has a part, and DeepSpeed's accessors read the whole. All ranks at once."""
 
     def __init__(self, engine: Any, accessors: ModuleType) -> None:
         super().__init__(engine)
@@ -113,6 +113,10 @@ class _FlatState(_State):
 
     def read(self, name: str, kind: str) -> Tensor:
         return _read_whole(self._accessors, self._parameters[name], kind, self.shapes()[name], self.optimizer_steps())
+
+
+class _FlatState(_SharedOut):
+    """ZeRO 1 and 2: each rank has a part of what all parameters are when laid end to end."""
 
     def begin_write(self, optimizer_steps: int) -> None:
         optimizer = self._engine.optimizer
@@ -135,15 +139,8 @@ class _FlatState(_State):
         self._engine.optimizer.update_lp_params()
 
 
-class _ZeRO3(_State):
+class _ZeRO3(_SharedOut):
     """ZeRO 3: each rank has a part of every tensor, of equal size; the last one's may be filled up."""
-
-    def __init__(self, engine: Any, accessors: ModuleType) -> None:
-        super().__init__(engine)
-        self._accessors = accessors
-
-    def read(self, name: str, kind: str) -> Tensor:
-        return _read_whole(self._accessors, self._parameters[name], kind, self.shapes()[name], self.optimizer_steps())
 
     def begin_write(self, optimizer_steps: int) -> None:
         optimizer = self._engine.optimizer

@@ -41,8 +41,7 @@ def assign_forests(
         new.append(len(sequences[item]) - (shared if shared >= MIN_SHARED else 0))
     whole = [len(sequences[index]) for index in order]
     shares = _even_runs(new, whole, num_ranks)
-    ranks = [[tuple(order[first:last])] if last > first else [] for first, last in shares]
-    ranks = [_cut(share[0], sequences, tokens_per_micro_batch) if share else [] for share in ranks]
+    ranks = [_cut(order[first:last], new[first:last], sequences, tokens_per_micro_batch) for first, last in shares]
     count = max(1, *(len(rank) for rank in ranks))
     return [rank + [()] * (count - len(rank)) for rank in ranks]
 
@@ -73,23 +72,21 @@ def _runs(new: Sequence[int], whole: Sequence[int], most: int) -> list[tuple[int
     return list(zip(bounds, [*bounds[1:], len(new)], strict=True)) if new else []
 
 
-def _cut(items: tuple[int, ...], sequences: Sequence[Int32Array], budget: int) -> list[tuple[int, ...]]:
-    """Micro-batches of neighbours, as many of them as fit."""
+def _cut(
+    items: Sequence[int], new: Sequence[int], sequences: Sequence[Int32Array], budget: int
+) -> list[tuple[int, ...]]:
+    """Micro-batches of neighbours, as many of them as fit; `new` as in `_even_runs`."""
     micro_batches: list[tuple[int, ...]] = []
     first = 0
     while first < len(items):
-        last = first + 1
-        cost = len(sequences[items[first]])
-        while last < len(items):
-            shared = common_prefix(sequences[items[last - 1]], sequences[items[last]])
-            cost += len(sequences[items[last]]) - (shared if shared >= MIN_SHARED else 0)
-            if cost > budget:
-                break
+        last, cost = first + 1, len(sequences[items[first]])
+        while last < len(items) and cost + new[last] <= budget:
+            cost += new[last]
             last += 1
         # The sum takes all that neighbours share for saved; the forest leaves out what is not worth a node.
         while last - first > 1 and _computed([sequences[index] for index in items[first:last]]) > budget:
             last -= 1
-        micro_batches.append(items[first:last])
+        micro_batches.append(tuple(items[first:last]))
         first = last
     return micro_batches
 
