@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.collective import join_group, leave_group
 from raygym.actors.deepspeed_state import deepspeed_state
-from raygym.actors.weight_sender import send_version
+from raygym.actors.weight_sender import SentVersion, WeightSender, take_part
 from raygym.config import LearnerConfig
 from raygym.deepspeed_options import offload_device, whole_config
 from raygym.gradient_checkpointing import enable_gradient_checkpointing
@@ -34,7 +34,8 @@ from raygym.policy_packing import Packing, choose_packing
 from raygym.policy_weights import policy_weights
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats, PolicyUpdate, Reference
-from raygym.weights import Manifest, plan_manifest
+from raygym.weight_slots import OpenSlots
+from raygym.weights import Manifest, WeightsError, plan_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class LearnerActor:
         self._model_dir = model_dir
         self._temperature = temperature
         self._total_updates = total_updates
-        self._weight_group = ""
+        self._sender: WeightSender | None = None
         self._device = torch.device("cuda" if config.gpus_per_learner else "cpu")
 
     def ping(self) -> int:
@@ -213,7 +214,7 @@ class LearnerActor:
 
     @torch.no_grad()
     def iter_weights(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named weights, whole, adapters merged, as contiguous CPU tensors of `learner.dtype`.
+        """The named weights, whole, adapters merged, of `learner.dtype`, on this rank's device.
 
         All ranks at once, to the end.
 
@@ -223,7 +224,7 @@ class LearnerActor:
         weights = policy_weights(self.policy)
         with self._gathered([parameter for name in names for parameter in weights[name].parameters]):
             for name in names:
-                yield name, weights[name].merged().cpu().contiguous()
+                yield name, weights[name].merged()
 
     def _gathered(self, parameters: list[Any]) -> AbstractContextManager[Any]:
         if self.config.zero_stage < 3:
@@ -235,15 +236,40 @@ class LearnerActor:
         """What every version that this learner publishes consists of. The same on all ranks."""
         return plan_manifest(self.weight_specs(), self.config.dtype, bucket_bytes)
 
-    def join_weight_group(self, group_name: str, world_size: int, timeout_s: float) -> None:
-        """Rank 0 becomes the sender of the weight group; other ranks have nothing to do."""
-        if self.rank == 0:
-            join_group(group_name, 0, world_size, timeout_s)
-            self._weight_group = group_name
+    def weight_node(self) -> str:
+        """Ray's ID of the node that this rank is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
-    def publish_weights(self, manifest: Manifest) -> dict[str, int]:
-        """Broadcast the current weights to the engines; all ranks at once. Rank 0 returns each tensor's checksum."""
-        return send_version(manifest, self.iter_weights, self._weight_group if self.rank == 0 else None)
+    def open_slots(self, paths: list[str], base: int) -> None:
+        """Rank 0 writes what it publishes there; the arguments are those of `OpenSlots`."""
+        self._sender = WeightSender(OpenSlots(paths, base), self._sender.group_name if self._sender else "")
+
+    def join_weight_group(self, group_name: str, world_size: int, timeout_s: float) -> None:
+        """Rank 0 becomes the sender of the weight group, in place of any other; an empty name only leaves it."""
+        assert self._sender is not None, "open_slots() first"
+        leave_group(self._sender.group_name)
+        self._sender.group_name = ""
+        if group_name:
+            join_group(group_name, 0, world_size, timeout_s)
+            self._sender.group_name = group_name
+
+    def publish_weights(
+        self, manifest: Manifest, slot: int, buckets: Sequence[int], updates: int | None, timeout_s: float
+    ) -> SentVersion:
+        """Send buckets of the current weights; rank 0, and under ZeRO-3 all ranks at once.
+
+        Raises:
+            WeightsError: the weights are not those after so many `updates`.
+        """
+        if updates is not None and updates != self._update.updates:
+            raise WeightsError(f"the learners have made {self._update.updates} updates since, not {updates}")
+        if self.rank != 0:
+            take_part(manifest, self.iter_weights, buckets)
+            return SentVersion()
+        assert self._sender is not None, "open_slots() first"
+        sent = self._sender.send(manifest, self.iter_weights, slot, buckets, timeout_s)
+        sent.updates = self._update.updates
+        return sent
 
     def save_hf(self, path: str) -> None:
         """Write a Hugging Face directory: weights, config, tokenizer, generation config. All ranks at once.
@@ -257,7 +283,7 @@ class LearnerActor:
         for name, _ in self.weight_specs():
             for _, weight in self.iter_weights([name]):
                 if self.rank == 0:
-                    state[name] = weight.clone()
+                    state[name] = weight.to("cpu", copy=True).contiguous()
         adapters: dict[str, Tensor] = {}
         for name, parameter in adapter_parameters(self.policy).items():
             with self._gathered([parameter]):
@@ -298,6 +324,7 @@ class LearnerActor:
 
     def close(self) -> None:
         """Leave the gang. All ranks at once; nothing works afterwards."""
-        leave_group(self._weight_group)
+        if self._sender is not None:
+            leave_group(self._sender.group_name)
         if dist.is_initialized():
             dist.destroy_process_group()

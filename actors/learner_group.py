@@ -12,9 +12,11 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from raygym.actors.learner import LearnerActor
 from raygym.actors.learner_placement import LearnerPlacement, PlacementError
+from raygym.actors.weight_sender import SentVersion
 from raygym.config import LearnerConfig
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats
+from raygym.weights import Manifest
 
 _CLOSE_TIMEOUT_S = 10.0
 
@@ -92,6 +94,24 @@ class LearnerGroup:
     def load_state(self, path: str) -> None:
         """Go on from there; the number of ranks and the ZeRO stage may be others."""
         self.call_all("load_state", path, timeout_s=self.config.update_timeout_s)
+
+    @property
+    def weight_ranks(self) -> int:
+        """Ranks that have to take part when weights are published."""
+        return self.config.num_learners if self.config.zero_stage == 3 else 1
+
+    def publish_weights(
+        self, manifest: Manifest, slot: int, buckets: Sequence[int], updates: int | None, timeout_s: float
+    ) -> SentVersion:
+        """Rank 0 sends buckets of the current weights; see `LearnerActor.publish_weights`."""
+        arguments = (manifest, slot, buckets, updates, timeout_s)
+        calls = [actor.publish_weights.remote(*arguments) for actor in self.actors[: self.weight_ranks]]
+        sent: SentVersion = self._collect(calls, "publish_weights", timeout_s)[0]
+        return sent
+
+    def call_first(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call a method on rank 0 only. Raises as `call_all` does."""
+        return self._collect([getattr(self.actors[0], method).remote(*args)], method, timeout_s)[0]
 
     def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """Call a method on every rank at once; the results, in order of rank.

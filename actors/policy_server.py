@@ -7,7 +7,6 @@ import itertools
 import logging
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from prometheus_client import generate_latest
 from ray import serve
 from ray.exceptions import RayError
 
-from raygym.actors.collective import join_group, leave_group
 from raygym.actors.process import settle_process
 from raygym.actors.simulated_deaths import claim_death
-from raygym.actors.weight_receiver import receive_version
+from raygym.admission import FencedError
 from raygym.api import prometheus
 from raygym.api.front import ApiFront, FrontOptions
 from raygym.api.gated import Gated
@@ -28,36 +26,19 @@ from raygym.api.sessions import SessionStore
 from raygym.config import PolicyConfig
 from raygym.engine import Engine, EngineError
 from raygym.in_flight import InFlight, OnUpdate
+from raygym.lease import Beat, ReplicaState
 from raygym.models import stop_token_ids
+from raygym.replica_weights import Applied, ReplicaWeights
 from raygym.simulate import SimulatedConfig, SimulatedEngine
 from raygym.tool_parsers import tool_parser
 from raygym.turn_batch import TurnRequest
 from raygym.turn_server import TurnAddress, TurnServer
 from raygym.types import EngineLoad, EpisodeFailure, FailureKind, Generation, Int32Array, Sampling
-from raygym.weights import Manifest, WeightsError, check_shapes, checkpoint_shapes, tied_names
+from raygym.weights import VersionOffer
 
 logger = logging.getLogger(__name__)
 DEPLOYMENT = "PolicyServer"
 _METRICS_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaState:
-    """What one replica says of itself."""
-
-    rank: int
-    weight_version: int
-    weights_checksum: str
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What came of one version in one replica."""
-
-    state: ReplicaState
-    turns_restarted: int
-    turns_late: int
-    """Turns that `finish_turn` waited for in vain."""
 
 
 async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
@@ -79,13 +60,12 @@ async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
 
 @serve.ingress()
 class PolicyServer:
-    """One replica: an engine, and its membership in the group that carries weights."""
+    """One replica: an engine, the turns and calls that it serves, and its weights."""
 
     # Serve awaits a constructor that is a coroutine: the engine needs the replica's event loop.
     async def __init__(  # type: ignore[misc]
-        self, config: PolicyConfig, model_dir: str, front: FrontOptions | None = None
+        self, config: PolicyConfig, model_dir: str, front: FrontOptions | None = None, leased: bool = False
     ) -> None:
-        self._model_dir = model_dir
         self._front = front or FrontOptions()
         self._engine = await start_engine(config, model_dir)
         self._requests = self._running = 0
@@ -104,15 +84,20 @@ class PolicyServer:
         self._replica_id: str = context.replica_id.unique_id
         self._turns = TurnServer(self._answer)
         self._refuses_turns = False
-        self._group = ""
-        self._manifest: Manifest | None = None
-        self._received: Path | None = None
-        self._failure: BaseException | None = None
+        self._weights = ReplicaWeights(
+            self._replica_id,
+            ray.get_runtime_context().get_node_id(),
+            self._engine,
+            self._in_flight,
+            model_dir,
+            leased=leased,
+            fenced=self._turns.close,
+        )
         settle_process()
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's late-bound hook: the engine's own HTTP application, behind what training adds to it."""
-        app = Gated(await self._engine.asgi_app(), self._in_flight)
+        app = Gated(await self._engine.asgi_app(), self._in_flight, self._weights.admission)
         front = ApiFront(app, self._sessions, self._front, self._all_metrics)
 
         async def counted(scope: Any, receive: Any, send: Any) -> None:
@@ -161,7 +146,8 @@ class PolicyServer:
             session_id: the episode; part of the request's name in the engine's log.
 
         Raises:
-            EpisodeFailure: `engine_error`, with the engine's reason.
+            EpisodeFailure: `engine_lost` where this replica has no current weights, else `engine_error`, with the
+                engine's reason.
         """
 
         def generation() -> Coroutine[Any, Any, Generation]:
@@ -171,12 +157,23 @@ class PolicyServer:
 
         with self._counted():
             try:
-                return await self._in_flight.run(generation)
+                fences = await self._weights.admission.enter()
+                answer = await self._in_flight.run(generation)
+                await self._weights.admission.leave(fences)
+                return answer
+            except FencedError as error:
+                raise EpisodeFailure(FailureKind.ENGINE_LOST, str(error)) from error
             except Exception as error:
                 raise EpisodeFailure(FailureKind.ENGINE_ERROR, f"{type(error).__name__}: {error}") from error
 
     async def turn_address(self) -> TurnAddress:
-        """Where EnvRunners send this replica their turns."""
+        """Where EnvRunners send this replica their turns.
+
+        Raises:
+            EpisodeFailure: `engine_lost`, it has no current weights, or its engine is dead.
+        """
+        if self._refuses_turns or not self._weights.admission.admitted:
+            raise EpisodeFailure(FailureKind.ENGINE_LOST, f"replica {self._replica_id} may not serve now")
         return await self._turns.address(self._replica_id, ray.util.get_node_ip_address())
 
     async def _answer(self, request: TurnRequest) -> Generation:
@@ -196,83 +193,31 @@ class PolicyServer:
             self._refuses_turns = True
             self._turns.close()
 
-    async def join(self, group_name: str, world_size: int, manifest: Manifest, timeout_s: float) -> ReplicaState:
-        """Become a member of the weight group, after checking that its versions fit this engine.
+    async def misfit(self, shapes: dict[str, tuple[int, ...]]) -> str:
+        """See `ReplicaWeights`."""
+        return self._weights.misfit(shapes)
 
-        Raises:
-            WeightsError: the learner's tensors are not those that this engine was started from.
-            CollectiveTimeout: another member is missing.
-        """
-        check_shapes(manifest, checkpoint_shapes(self._model_dir), tied_names(self._model_dir))
-        leave_group(self._group)
-        await asyncio.to_thread(join_group, group_name, self._rank + 1, world_size, timeout_s)
-        self._group, self._manifest = group_name, manifest
-        return self.state_now()
+    async def beat(self, beat: Beat) -> ReplicaState:
+        """See `ReplicaWeights`."""
+        return self._weights.beat(beat)
 
-    async def receive(self) -> dict[str, int]:
-        """Take the next version into shared memory while the engine goes on serving. Returns its checksums."""
-        if self._manifest is None:
-            raise WeightsError(f"replica {self._rank} was asked to receive weights before it joined a weight group")
-        self._discard()
-        self._received, checksums = await asyncio.to_thread(receive_version, self._manifest, self._group)
-        return checksums
-
-    async def apply(
-        self, version: int, checksum: str, on_update: OnUpdate = "keep", finish_timeout_s: float = 30.0
+    async def update(
+        self, offer: VersionOffer, on_update: OnUpdate = "keep", finish_timeout_s: float = 30.0
     ) -> Applied:
-        """Pause, replace all weights by the received version, resume; and what `on_update` says of turns that run.
-
-        Args:
-            version: what to call it.
-            checksum: of what was published.
-            on_update: see `raygym.in_flight`.
-            finish_timeout_s: see `InFlight.updating`.
-
-        Raises:
-            WeightsError: nothing was received, or the engine loaded something else than what was published.
-            EngineError: the engine failed while loading; the replica then reports itself unhealthy.
-        """
-        if self._received is None:
-            raise WeightsError(f"replica {self._rank} has not received version {version}")
-        async with self._in_flight.updating(on_update, finish_timeout_s) as update:
-            await self._replace(self._received, version, checksum)
-        return Applied(self.state_now(), update.restarted, update.late)
-
-    async def _replace(self, received: Path, version: int, checksum: str) -> None:
-        try:
-            await self._engine.pause()
-            loaded = await self._engine.load_weights(str(received), version)
-            if loaded != checksum:
-                raise WeightsError(f"replica {self._rank} loaded {loaded}, but version {version} is {checksum}")
-            await self._engine.resume()
-        except BaseException as error:
-            self._failure = error
-            raise
-        finally:
-            self._discard()
+        """See `ReplicaWeights`. After an error inside the engine the replica reports itself unhealthy."""
+        return await self._weights.update(offer, on_update, finish_timeout_s)
 
     async def state(self) -> ReplicaState:
         """Which weights this replica serves."""
-        return self.state_now()
-
-    def state_now(self) -> ReplicaState:
-        """`state` for callers in the same process."""
-        return ReplicaState(self._rank, self._engine.weight_version, self._engine.weights_checksum)
+        return self._weights.state()
 
     async def check_health(self) -> None:
         """Serve's health check: raises when this replica must be replaced."""
-        if self._failure is not None:
-            raise EngineError(f"replica {self._rank} holds unusable weights") from self._failure
+        if (failure := self._weights.failure) is not None:
+            raise EngineError(f"replica {self._rank} holds unusable weights") from failure
         await self._engine.check_health()
-
-    def _discard(self) -> None:
-        if self._received is not None:
-            self._received.unlink(missing_ok=True)
-            self._received = None
 
     def __del__(self) -> None:
         """Serve's graceful shutdown: end the engine's processes with the replica."""
         if hasattr(self, "_engine"):
-            self._discard()
-            leave_group(self._group)
             self._engine.shutdown()

@@ -6,10 +6,11 @@ from typing import Any
 
 from ray import serve
 
-from raygym.actors.serve_failures import ask_replicas
+from raygym.actors.serve_failures import replicas_that_answer
 from raygym.types import EpisodeFailure, FailureKind
 
-_TIMEOUT_S = 30.0
+# One that is silent for longer serves nothing.
+_TIMEOUT_S = 10.0
 
 
 class ServedVersion:
@@ -24,13 +25,12 @@ class ServedVersion:
         """The oldest weight version that a replica serves.
 
         Raises:
-            EpisodeFailure: `engine_timeout` when not every replica answers, `engine_lost` when there is none, and else
-                what `engine_failure` says.
+            EpisodeFailure: `engine_lost` when no replica serves, and else what `engine_failure` says.
         """
         if self._handle is None:
             self._handle = serve.get_deployment_handle(self._deployment, self._app)
-        late = "not every replica told its weight version"
-        states = await ask_replicas(self._handle, "state", _TIMEOUT_S, late)
-        if not states:
-            raise EpisodeFailure(FailureKind.ENGINE_LOST, "no replica of the policy is running")
-        return min(int(state.weight_version) for state in states)
+        states = await replicas_that_answer(self._handle, "state", _TIMEOUT_S)
+        versions = [int(state.weights.version) for state in states if state.admitted]
+        if not versions:
+            raise EpisodeFailure(FailureKind.ENGINE_LOST, "no replica of the policy is running with current weights")
+        return min(versions)

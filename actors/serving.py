@@ -118,7 +118,13 @@ def front_options(config: RunConfig) -> FrontOptions:
 
 
 def deploy(
-    run_name: str, config: PolicyConfig, model_dir: str, port: int, front: FrontOptions | None = None
+    run_name: str,
+    config: PolicyConfig,
+    model_dir: str,
+    port: int,
+    front: FrontOptions | None = None,
+    *,
+    leased: bool = False,
 ) -> DeploymentHandle[Any]:
     """Deploy all replicas and wait until they serve.
 
@@ -128,6 +134,7 @@ def deploy(
         model_dir: the policy's files, on every node.
         port: where HTTP listens, on `policy.http.host`.
         front: how HTTP calls are served; `front_options` of a run.
+        leased: replicas serve only while a driver confirms that their weights are current; see `raygym.lease`.
 
     Raises:
         RuntimeError: a replica could not start; the text carries its reason.
@@ -155,7 +162,7 @@ def deploy(
         max_constructor_retry_count=1,
         request_router_config=RequestRouterConfig(request_router_class=router),
     )
-    application = deployment.bind(config, model_dir, front)
+    application = deployment.bind(config, model_dir, front, leased)
     try:
         return serve.run(application, name=app_name(run_name), route_prefix="/")
     except RuntimeError as error:

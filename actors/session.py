@@ -93,7 +93,8 @@ class Session:
         pool = ThreadPoolExecutor(1)
         self._deployed = True
         front = serving.front_options(config)
-        deploying = pool.submit(serving.deploy, config.name, config.policy, self._model_dir, self.port, front)
+        arguments = (config.name, config.policy, self._model_dir, self.port, front)
+        deploying = pool.submit(serving.deploy, *arguments, leased=self._learning)
         pool.shutdown(wait=False)
         if self._learning:
             updates = config.steps * config.learner.mini_batches
@@ -110,7 +111,8 @@ class Session:
         engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
         if self._learning:
             self.learners.wait_ready()
-            self._weights = WeightSync(config.sync, self.learners, engines, config.policy.replicas)
+            policy = config.policy
+            self._weights = WeightSync(config.sync, self.learners, engines, policy.replicas, policy.startup_timeout_s)
             self._weights.connect()
         freeze_past()
 
@@ -119,6 +121,8 @@ class Session:
             self._rollouts.shutdown()
         if self._nemo_gym is not None:
             self._nemo_gym.shutdown()
+        if self._weights is not None:
+            self._weights.close()
         if self._learners is not None:
             self._learners.shutdown()
         if self._deployed:

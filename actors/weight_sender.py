@@ -1,46 +1,106 @@
-"""Learner rank 0's side of a weight update: gather, checksum, broadcast, bucket by bucket."""
+"""Learner 0's side of a weight update: gather, write into shared memory, checksum, broadcast, bucket by bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
-from raygym.actors.collective import broadcast_bytes
+from raygym.actors.collective import CollectiveTimeout, broadcast_bytes
+from raygym.weight_slots import OpenSlots
 from raygym.weights import Bucket, Manifest, tensor_checksum
 
 IterWeights = Callable[[list[str]], Iterator[tuple[str, torch.Tensor]]]
-"""Names of one bucket -> (name, whole contiguous CPU tensor); under ZeRO-3 every rank must iterate it."""
+"""Names of one bucket -> (name, whole tensor); under ZeRO-3 every rank must iterate it."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def send_version(manifest: Manifest, iter_weights: IterWeights, group_name: str | None) -> dict[str, int]:
-    """Broadcast one version.
+@dataclass(slots=True)
+class SentVersion:
+    """What learner 0 sent."""
 
-    Args:
-        manifest: the plan that every member shares.
-        iter_weights: how this rank gets at whole tensors.
-        group_name: the weight group on rank 0; None on other ranks, which only take part in the gathering.
+    checksums: dict[str, int] = field(default_factory=dict)
+    """Of each tensor."""
+    updates: int = 0
+    """That the weights have seen."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """In `gather`, `write`, `checksum` and `broadcast`; the last two run beside the first two."""
 
-    Returns:
-        Each tensor's checksum as sent; empty on ranks other than 0.
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of the block to a part."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
 
-    Raises:
-        CollectiveTimeout: an engine is gone or late.
-    """
-    checksums: dict[str, int] = {}
-    staging = torch.empty(max(bucket.end - bucket.start for bucket in manifest.buckets), dtype=torch.uint8)
-    for bucket in manifest.buckets:
-        names = [tensor.name for tensor in bucket.tensors]
-        for (name, weight), spec in zip(iter_weights(names), bucket.tensors, strict=True):
+
+class WeightSender:
+    """Learner 0's, with the slots of its node open and perhaps the weight group joined."""
+
+    def __init__(self, slots: OpenSlots, group_name: str = "") -> None:
+        """`group_name`: the group of the other nodes' stores; empty where there is none."""
+        self._slots = slots
+        self.group_name = group_name
+
+    def send(
+        self, manifest: Manifest, iter_weights: IterWeights, slot: int, buckets: Sequence[int], timeout_s: float
+    ) -> SentVersion:
+        """Write the buckets of one version into `slot`, and send them to the other nodes' stores.
+
+        The next bucket is gathered and written while the last one is summed up and sent.
+
+        Raises:
+            CollectiveTimeout: a store is gone or late; all together may take `timeout_s`.
+        """
+        sent, deadline = SentVersion(), time.monotonic() + timeout_s
+        data = torch.frombuffer(self._slots.data(slot), dtype=torch.uint8)
+        with ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as sending:
+            waiting: list[Future[None]] = []
+            for bucket in (manifest.buckets[number] for number in buckets):
+                self._write(data, manifest.dtype, bucket, iter_weights, sent)
+                waiting.append(summing.submit(_sum_up, data, bucket, sent))
+                if self.group_name:
+                    waiting.append(sending.submit(self._broadcast, data, bucket, sent, deadline))
+                for future in (future for future in waiting if future.done()):
+                    future.result()  # an error is told before the next bucket
+            for future in waiting:
+                future.result()
+        return sent
+
+    def _write(
+        self, data: torch.Tensor, dtype: str, bucket: Bucket, iter_weights: IterWeights, sent: SentVersion
+    ) -> None:
+        started = time.monotonic()
+        weights = iter_weights([tensor.name for tensor in bucket.tensors])
+        written_s = 0.0
+        for (name, weight), spec in zip(weights, bucket.tensors, strict=True):
             assert name == spec.name and tuple(weight.shape) == spec.shape, (name, spec)
-            if group_name is not None:
-                target = _slice(staging, bucket, spec.start, spec.end)
-                target.copy_(weight.contiguous().view(-1).view(torch.uint8))
-                checksums[name] = tensor_checksum(target.numpy())
-        if group_name is not None:
-            broadcast_bytes(_slice(staging, bucket, bucket.start, bucket.end), group_name)
-    return checksums
+            began = time.monotonic()
+            # Converts and, from a GPU, copies in the same pass.
+            data[spec.start : spec.end].view(DTYPES[dtype]).view(spec.shape).copy_(weight)
+            written_s += time.monotonic() - began
+        sent.seconds["write"] = sent.seconds.get("write", 0.0) + written_s
+        sent.seconds["gather"] = sent.seconds.get("gather", 0.0) + time.monotonic() - started - written_s
+
+    def _broadcast(self, data: torch.Tensor, bucket: Bucket, sent: SentVersion, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise CollectiveTimeout(f"group {self.group_name}: a version was not sent in time")
+        with sent.timed("broadcast"):
+            broadcast_bytes(data[bucket.start : bucket.end], self.group_name)
 
 
-def _slice(staging: torch.Tensor, bucket: Bucket, start: int, end: int) -> torch.Tensor:
-    return staging[start - bucket.start : end - bucket.start]
+def take_part(manifest: Manifest, iter_weights: IterWeights, buckets: Sequence[int]) -> None:
+    """What the other ranks do meanwhile: they take part in the gathering."""
+    for bucket in (manifest.buckets[number] for number in buckets):
+        for _ in iter_weights([tensor.name for tensor in bucket.tensors]):
+            pass
+
+
+def _sum_up(data: torch.Tensor, bucket: Bucket, sent: SentVersion) -> None:
+    with sent.timed("checksum"):
+        for spec in bucket.tensors:
+            sent.checksums[spec.name] = tensor_checksum(data[spec.start : spec.end].numpy())

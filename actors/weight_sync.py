@@ -1,87 +1,303 @@
-"""New weights from the learners to every replica, whole or not at all. Driver side; four control calls a version."""
+"""New weights from the learners to every replica; one that cannot take them is fenced until it can. Driver side."""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from raygym.actors.learner_group import LearnerGroup
-from raygym.actors.policy_server import Applied, ReplicaState
-from raygym.actors.serving import broadcast
+from raygym.actors.learner_group import LearnerError, LearnerGroup
+from raygym.actors.replicas import Replicas
+from raygym.actors.store_group import StoreGroup
+from raygym.actors.weight_sender import SentVersion
 from raygym.config import SyncConfig
-from raygym.weights import Manifest, Published, WeightsError, compare_checksums, model_checksum
+from raygym.lease import LeaseBook, ReplicaState
+from raygym.replica_weights import Applied
+from raygym.weights import (
+    Manifest,
+    Published,
+    VersionOffer,
+    WeightsError,
+    WeightsId,
+    buckets_of,
+    model_checksum,
+)
+
+logger = logging.getLogger(__name__)
+_RESENDS = 3
+_TICK_S = 0.1
+_CATCH_UP_EVERY_S = 0.5
+Told = Callable[[str, str, str], None]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """Of one offer, by replica."""
+
+    applied: dict[str, Applied] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        return [*(applied.problem for applied in self.applied.values() if applied.problem), *self.lost]
 
 
 class WeightSync:
-    """The weight group: learner rank 0 and all replicas."""
+    """The learners' weights, the stores of the nodes, and the replicas. One version is current at a time."""
 
     def __init__(
-        self, config: SyncConfig, learners: LearnerGroup, engines: DeploymentHandle[ReplicaState], replicas: int
+        self,
+        config: SyncConfig,
+        learners: LearnerGroup,
+        engines: DeploymentHandle[ReplicaState],
+        replicas: int,
+        startup_timeout_s: float = 600.0,
+        told: Told = lambda what, replica, why: None,
     ) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            config: `sync` of the run.
+            learners: that have the weights.
+            engines: the deployment.
+            replicas: how many it starts with.
+            startup_timeout_s: how long a replica may take until it serves, where there is no other.
+            told: gets what happened to a replica (`admitted`, `fenced`), its name, and why; from any thread.
+        """
         self._config = config
         self._learners = learners
-        self._engines = engines
-        self._replicas = replicas
-        # Names are used once: Ray remembers a group by its name until every member has left it.
-        self._group = f"raygym-weights-{uuid.uuid4().hex[:12]}"
-        self._manifest: Manifest | None = None
+        self._count = replicas
+        self._startup_timeout_s = startup_timeout_s
+        self._replicas = Replicas(engines, config.lease_s, self._catch_up_soon, told)
+        self._manifest = Manifest("float32", ())
+        self._stores: StoreGroup | None = None
+        self._slot = 0
+        self._updates = 0
+        self._offer: VersionOffer | None = None
+        # One at a time: a version that is sent, or replicas that catch up.
+        self._lock = threading.Lock()
+        self._behind = threading.Event()
+        self._closed = False
+        self._catching_up = threading.Thread(target=self._catch_up, name="weight-catch-up", daemon=True)
+
+    @property
+    def epoch(self) -> int:
+        """Of the membership: one more with each replica that is admitted or fenced."""
+        return self._replicas.epoch
+
+    def start_from(self, weights: WeightsId) -> None:
+        """The replicas hold these, not the files that they were started from; before `connect`."""
+        self._replicas.updating(weights)
 
     def connect(self) -> None:
-        """Agree on what a version consists of, and connect all members.
+        """Agree on what a version consists of, reserve the memory for it, and let the replicas serve.
 
         Raises:
-            WeightsError: engine and learner do not hold the same tensors.
-            TimeoutError: a member did not show up within `sync.timeout_s`.
+            WeightsError: engine and learner do not hold the same tensors, or a node has too little memory.
+            TimeoutError: not all replicas answer within `sync.timeout_s`.
         """
-        timeout_s = self._config.timeout_s
-        bucket_bytes = self._config.bucket_mib << 20
-        manifest = self._learners.call_all("weight_manifest", bucket_bytes, timeout_s=timeout_s)[0]
-        size = 1 + self._replicas
-        with ThreadPoolExecutor(1) as pool:
-            arguments = (self._group, size, manifest, timeout_s)
-            joined = pool.submit(broadcast, self._engines, "join", arguments, self._replicas, 2 * timeout_s)
-            self._learners.call_all("join_weight_group", self._group, size, timeout_s, timeout_s=2 * timeout_s)
-            joined.result()
-        self._manifest = manifest
+        self._replicas.start()
+        self._catching_up.start()
+        deadline = time.monotonic() + self._config.timeout_s
+        self._connect_learners()
+        shapes = {tensor.name: tensor.shape for tensor in self._manifest.tensors}
+        for answer in self._replicas.call("misfit", shapes, timeout_s=self._config.timeout_s):
+            if isinstance(answer, str) and answer:
+                raise WeightsError(answer)
+        if not self._replicas.wait_for(self._count, deadline, LeaseBook.serving):
+            with self._replicas.book() as book:
+                found = len(book.serving())
+            raise TimeoutError(
+                f"{found} of {self._count} replicas answer and hold the policy's starting weights after "
+                f"{self._config.timeout_s:g} s (sync.timeout_s)"
+            )
+        self._ensure_stores()
+
+    def replace_learners(self, learners: LearnerGroup) -> None:
+        """Another gang sends from now on. Replicas keep what they have until it is published to them."""
+        with self._lock:
+            self._learners = learners
+            self._offer = None
+            if self._stores is not None:
+                self._stores.close()
+            self._connect_learners()
+            self._ensure_stores()
 
     def publish(self, version: int) -> Published:
-        """Send the learners' current weights as `version` and return when every replica serves them.
+        """Send the learners' current weights as `version`; returns when no replica serves others.
+
+        Replicas that do not come to them in time are fenced, and catch up as soon as they can. Where none does, it is
+        waited for one that starts anew.
 
         Raises:
-            WeightsError: a tensor arrived changed, or a replica ended up with other weights; it serves nothing then.
-            TimeoutError: a member did not take part within `sync.timeout_s`.
+            LearnerError: a learner failed.
+            WeightsError: no replica serves the version in time.
         """
-        assert self._manifest is not None, "connect() first"
-        timeout_s = self._config.timeout_s
-        started = time.monotonic()
-        with ThreadPoolExecutor(1) as pool:
-            receiving = pool.submit(broadcast, self._engines, "receive", (), self._replicas, timeout_s)
-            sent = self._learners.call_all("publish_weights", self._manifest, timeout_s=timeout_s)[0]
-            received = receiving.result()
-        for index, checksums in enumerate(received):
-            compare_checksums(sent, checksums, f"a replica ({index + 1} of {self._replicas})")
-        broadcasted = time.monotonic()
-        checksum = model_checksum(sent)
-        arguments = (version, checksum, self._config.on_update, self._config.finish_timeout_s)
-        applied: list[Applied] = broadcast(self._engines, "apply", arguments, self._replicas, timeout_s)
-        self._check([each.state for each in applied], version, checksum)
+        with self._lock:
+            calls = self._calls()
+            started = time.monotonic()
+            self._ensure_stores()
+            slot = 1 - self._slot
+            sent = self._send(slot, None)
+            broadcasted = time.monotonic()
+            self._slot, self._updates = slot, sent.updates
+            offer = self._offer = self._offered(WeightsId(version, model_checksum(sent.checksums)), sent.checksums)
+            self._replicas.updating(offer.weights)
+            outcome, resent = self._update(offer)
+            fenced = self._replicas.fence_the_rest()
+            calls = self._calls() - calls
+        self._require_one(version, outcome)
+        applied = list(outcome.applied.values())
+        seconds = dict(sent.seconds)
+        for part in ("verify", "load"):
+            seconds[part] = max((each.seconds.get(part, 0.0) for each in applied), default=0.0)
         return Published(
             version,
-            checksum,
+            offer.weights.checksum,
             self._manifest.nbytes,
             broadcasted - started,
             time.monotonic() - broadcasted,
             turns_restarted=sum(each.turns_restarted for each in applied),
             turns_late=sum(each.turns_late for each in applied),
+            replicas=len(self.serving()),
+            fenced=fenced,
+            resent_buckets=resent,
+            control_calls=calls,
+            seconds=seconds,
         )
 
-    def _check(self, states: list[ReplicaState], version: int, checksum: str) -> None:
-        for state in states:
-            if (state.weight_version, state.weights_checksum) != (version, checksum):
-                raise WeightsError(
-                    f"replica {state.rank} serves version {state.weight_version} ({state.weights_checksum}), "
-                    f"expected version {version} ({checksum})"
-                )
+    def serving(self) -> list[ReplicaState]:
+        """The replicas that serve the current version."""
+        with self._replicas.book() as book:
+            return book.serving()
+
+    def settle(self, timeout_s: float, replicas: int | None = None) -> list[ReplicaState]:
+        """Wait until so many replicas, by default those of the start, serve the current version; returns who does."""
+        deadline = time.monotonic() + timeout_s
+        self._replicas.wait_for(self._count if replicas is None else replicas, deadline, LeaseBook.serving)
+        return self.serving()
+
+    def close(self) -> None:
+        """End the stores, and confirm nothing any more."""
+        self._closed = True
+        self._behind.set()
+        self._replicas.close()
+        if self._catching_up.is_alive():
+            self._catching_up.join(timeout=self._config.timeout_s)
+        if self._stores is not None:
+            self._stores.close()
+
+    def _connect_learners(self) -> None:
+        timeout_s = self._config.timeout_s
+        self._manifest = self._learners.call_first(
+            "weight_manifest", self._config.bucket_mib << 20, timeout_s=timeout_s
+        )
+        self._stores = StoreGroup(self._manifest, self._learners, timeout_s)
+
+    def _ensure_stores(self) -> None:
+        """There is a store on each node with a replica, with the current version in it."""
+        assert self._stores is not None, "connect() first"
+        with self._replicas.book() as book:
+            nodes = book.nodes()
+        new = self._stores.ensure(nodes, self._slot if self._offer is not None else None)
+        if new and self._offer is not None:
+            self._offer = self._offered(self._offer.weights, dict(self._offer.checksums))
+
+    def _offered(self, weights: WeightsId, checksums: dict[str, int]) -> VersionOffer:
+        assert self._stores is not None
+        return VersionOffer(weights, self._stores.paths(self._slot), checksums)
+
+    def _send(self, slot: int, names: set[str] | None, updates: int | None = None) -> SentVersion:
+        assert self._stores is not None
+        every = range(len(self._manifest.buckets))
+        return self._stores.send(slot, list(every) if names is None else buckets_of(self._manifest, names), updates)
+
+    def _update(self, offer: VersionOffer) -> tuple[_Outcome, int]:
+        """Offer it to all replicas, and again where it had changed on its way; and how many buckets were sent again."""
+        resent = 0
+        outcome = self._offer_to_all(offer)
+        for _ in range(_RESENDS):
+            if not outcome.changed:
+                break
+            buckets = buckets_of(self._manifest, outcome.changed)
+            logger.warning("buckets %s had changed on their way and are sent again", buckets)
+            resent += len(buckets)
+            self._send(self._slot, outcome.changed, self._updates)
+            again = self._offer_to_all(offer)
+            again.applied = {name: _latest(outcome.applied.get(name), found) for name, found in again.applied.items()}
+            outcome = again
+        return outcome, resent
+
+    def _offer_to_all(self, offer: VersionOffer) -> _Outcome:
+        outcome = _Outcome()
+        config = self._config
+        arguments = (offer, config.on_update, config.finish_timeout_s)
+        for answer in self._replicas.call("update", *arguments, timeout_s=config.timeout_s, tick_s=_TICK_S):
+            if isinstance(answer, Applied):
+                self._replicas.heard(answer.state)
+                outcome.applied[answer.state.replica] = answer
+                outcome.changed.update(answer.changed)
+                if answer.problem:
+                    logger.warning("replica %s: %s", answer.state.replica, answer.problem)
+            elif answer is not None:
+                outcome.lost.append(f"{type(answer).__name__}: {answer}")
+            elif not self._replicas.unanswered(set(outcome.applied)):
+                break  # whoever has not answered serves nothing any more
+        return outcome
+
+    def _require_one(self, version: int, outcome: _Outcome) -> None:
+        """Wait for a replica that serves the version; one that starts anew catches up by the other thread."""
+        if not self._replicas.wait_for(1, time.monotonic() + self._startup_timeout_s, LeaseBook.serving):
+            why = "; ".join(outcome.problems()) or "no replica answers"
+            raise WeightsError(
+                f"no replica serves version {version} after {self._startup_timeout_s:g} s "
+                f"(policy.startup_timeout_s): {why}"
+            )
+
+    def _catch_up_soon(self) -> None:
+        self._behind.set()
+
+    def _catch_up(self) -> None:
+        """Bring replicas that are behind to the current version: those that start anew, and those that were fenced."""
+        while not self._closed:
+            self._behind.wait()
+            self._behind.clear()
+            try:
+                with self._lock:
+                    if self._offer is not None and not self._is_closed():
+                        self._bring_up(self._offer)
+            except (RayError, LearnerError, WeightsError, TimeoutError) as error:
+                logger.warning("replicas could not catch up, which is tried again: %s", error)
+            time.sleep(_CATCH_UP_EVERY_S)
+
+    def _is_closed(self) -> bool:
+        return self._closed
+
+    def _bring_up(self, offer: VersionOffer) -> None:
+        with self._replicas.book() as book:
+            behind = book.behind()
+        if not behind:
+            return
+        self._ensure_stores()
+        outcome = self._offer_to_all(self._offer or offer)
+        if outcome.changed or any(state.replica not in outcome.applied for state in behind):
+            return  # tried again
+        assert self._stores is not None
+        if any(outcome.applied[state.replica].problem for state in behind) and self._stores.check():
+            # A store was lost, perhaps the last with this version: it is written anew if the learners still have it.
+            self._ensure_stores()
+            sent = self._send(self._slot, None, self._updates)
+            self._offer = self._offered(offer.weights, sent.checksums)
+
+    def _calls(self) -> int:
+        return self._replicas.calls + (self._stores.calls if self._stores is not None else 0)
+
+
+def _latest(before: Applied | None, now: Applied) -> Applied:
+    """One that had taken it at the first offer has nothing to say at the second."""
+    return before if before is not None and not before.problem else now

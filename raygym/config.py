@@ -187,7 +187,11 @@ class SyncConfig(Section):
     """How new weights reach the engines."""
 
     timeout_s: PositiveFloat = 60
+    """Of a version's way to the nodes, and again from there into the engines. Who is late is fenced."""
+    lease_s: PositiveFloat = 15
+    """A replica that the driver has not heard for so long takes no turns until it is sure to have current weights."""
     bucket_mib: PositiveInt = 128
+    """Of weights that travel in one piece; the next one is gathered meanwhile."""
     on_update: OnUpdate = "keep"
     """Turns that run when new weights come: `keep`, they go on with the new ones; `finish_turn`, they are waited for;
     `restart_turn`, they begin again with the new ones."""

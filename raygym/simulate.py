@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,8 @@ from raygym.latency_profile import MeasuredLatency
 from raygym.simulated_batching import ContinuousBatching
 from raygym.simulated_faults import EngineLife, SimulatedFault, garbage
 from raygym.types import EngineLoad, Float32Array, Generation, Int32Array, Sampling
-from raygym.weights import model_checksum, tensor_checksum
+from raygym.version_file import file_checksums
+from raygym.weights import model_checksum
 
 
 class SimulatedConfig(BaseModel):
@@ -205,7 +205,7 @@ class SimulatedEngine:
 
     async def load_weights(self, path: str, version: int) -> str:
         """Read the file as an engine would and keep only its checksum. The KV cache goes with the old weights."""
-        self.weights_checksum = await asyncio.to_thread(_file_checksum, path)
+        self.weights_checksum = model_checksum(await asyncio.to_thread(file_checksums, path))
         self.weight_version = version
         self._clock.changed(version)
         if self._batched is not None:
@@ -254,15 +254,3 @@ def draw_latency_s(config: SimulatedConfig, rng: np.random.Generator) -> float:
 
 def _logprobs(rng: np.random.Generator, length: int) -> Float32Array:
     return -rng.exponential(1.0, length).astype(np.float32)
-
-
-def _file_checksum(path: str) -> str:
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        base = file.tell()
-        checksums = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            file.seek(base + start)
-            checksums[name] = tensor_checksum(file.read(end - start))
-    return model_checksum(checksums)

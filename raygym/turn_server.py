@@ -52,9 +52,10 @@ class TurnServer:
         return sum(len(sender.running) for sender in self._senders)
 
     def close(self) -> None:
-        """End all connections, and what runs for them."""
+        """End all connections, and what runs for them. `address` listens again."""
         if self._server is not None:
             self._server.close()
+        self._listening = self._server = None
         for sender in list(self._senders):
             sender.close()
 

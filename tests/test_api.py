@@ -12,6 +12,7 @@ import loaded
 import numpy as np
 import pytest
 
+from raygym.admission import Admission
 from raygym.api.front import ApiFront, FrontOptions
 from raygym.api.gated import Gated
 from raygym.api.sampling import SamplingProfile
@@ -19,6 +20,7 @@ from raygym.api.sessions import SessionStore
 from raygym.api.simulated import SimulatedApi
 from raygym.engine import EngineError
 from raygym.in_flight import InFlight
+from raygym.lease import Lease
 from raygym.simulated_faults import SimulatedFault
 from raygym.types import Generation, Int32Array, Sampling
 
@@ -58,7 +60,8 @@ class Server:
         self.store = SessionStore("here") if store is None else store
         self.api = SimulatedApi(self.script, tokenizer, "policy", 2048)
         self.in_flight = InFlight()
-        self.front = ApiFront(Gated(self.api.app(), self.in_flight), self.store, FrontOptions(**options))
+        gated = Gated(self.api.app(), self.in_flight, Admission("r", Lease(needed=False)))
+        self.front = ApiFront(gated, self.store, FrontOptions(**options))
         transport = httpx.ASGITransport(app=self.front, raise_app_exceptions=True)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://policy")
 

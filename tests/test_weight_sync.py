@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,10 +27,11 @@ from raygym.config import LearnerConfig, PolicyConfig, SyncConfig
 from raygym.in_flight import OnUpdate
 from raygym.models import resolve_policy
 from raygym.types import EngineLoad, Generation, Int32Array, Sampling, TrainSequence
-from raygym.weights import Manifest, plan_manifest
+from raygym.weights import Manifest, WeightsId, plan_manifest
 
 if TYPE_CHECKING:
     from raygym.actors.learner_group import LearnerGroup
+    from raygym.actors.weight_sync import WeightSync
     from raygym.weights import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -56,6 +57,12 @@ class Engines:
             )
 
         return asyncio.run(gather())
+
+    def weights(self) -> WeightsId:
+        from raygym.actors.serving import broadcast
+
+        states = broadcast(self.handle, "state", (), self.config.replicas, 30)
+        return cast(WeightsId, states[0].weights)
 
     def running(self) -> int:
         from raygym.actors.serving import broadcast
@@ -173,15 +180,26 @@ def in_flight(
         yield asked, chatting
 
 
-def update_in_flight(engines: Engines, learners: Any) -> None:
-    """With real weights: what each policy makes of the turns of the old version."""
+@contextmanager
+def connected(config: SyncConfig, learners: Any, engines: Engines) -> Iterator[WeightSync]:
     from raygym.actors.weight_sync import WeightSync
 
-    def publish(on_update: OnUpdate) -> Published:
-        sync = WeightSync(SyncConfig(bucket_mib=1, on_update=on_update), learners, engines.handle, 1)
+    sync = WeightSync(config, learners, engines.handle, engines.config.replicas)
+    try:
+        sync.start_from(engines.weights())
         sync.connect()
+        yield sync
+    finally:
+        sync.close()
+
+
+def update_in_flight(engines: Engines, learners: Any) -> None:
+    """With real weights: what each policy makes of the turns of the old version."""
+
+    def publish(on_update: OnUpdate) -> Published:
         engines.version += 1
-        return sync.publish(engines.version)
+        with connected(SyncConfig(bucket_mib=1, on_update=on_update), learners, engines) as sync:
+            return sync.publish(engines.version)
 
     learners.update(sequences(asked := prompts(8), engines.sample(asked)))
     streamed = {"stream": True, "ignore_eos": True}
@@ -225,14 +243,13 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, the
     """Train on samples, publish, and compare logprobs of fresh samples: `syncs` times."""
     from raygym.actors.learner_group import LearnerGroup
     from raygym.actors.serving import broadcast
-    from raygym.actors.weight_sync import WeightSync
 
     replicas = engines.config.replicas
     learners = LearnerGroup.launch(learner, engines.model_dir, temperature=1.0)
+    opened = ExitStack()
     try:
         learners.wait_ready()
-        sync = WeightSync(SyncConfig(bucket_mib=1), learners, engines.handle, replicas)
-        sync.connect()
+        sync = opened.enter_context(connected(SyncConfig(bucket_mib=1), learners, engines))
         # The first version is the checkpoint itself, in case an earlier test left other weights in the engines.
         checksums = [sync.publish(engines.version + 1).checksum]
         engines.version += 1
@@ -242,7 +259,9 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, the
             published = sync.publish(engines.version + 1)
             engines.version += 1
             states = broadcast(engines.handle, "state", (), replicas, 30)
-            assert {(s.weight_version, s.weights_checksum) for s in states} == {(engines.version, published.checksum)}
+            assert {s.weights for s in states} == {WeightsId(engines.version, published.checksum)}
+            assert (published.replicas, published.fenced, published.resent_buckets) == (replicas, 0, 0)
+            assert published.control_calls <= 4 + replicas or learner.zero_stage == 3
             checksums.append(published.checksum)
             asked = prompts(8, seed=100 + seed)
             answers = engines.sample(asked)
@@ -254,6 +273,7 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, the
         if then is not None:
             then(engines, learners)
     finally:
+        opened.close()
         learners.shutdown()
 
 
@@ -268,30 +288,49 @@ class ModelFiles:
     def __init__(self, model_dir: str) -> None:
         import ray
 
-        from raygym.actors.collective import join_group
-        from raygym.actors.weight_sender import send_version
+        from raygym.actors.weight_sender import WeightSender
+        from raygym.weight_slots import OpenSlots
 
         class Sender:  # in here, since workers cannot import this module
             def __init__(self) -> None:
                 self.weights = load_file(f"{model_dir}/model.safetensors")
-                self.group = ""
+                self.updates = 0
+
+            def weight_node(self) -> str:
+                return str(ray.get_runtime_context().get_node_id())
 
             def weight_manifest(self, bucket_bytes: int) -> Manifest:
                 return plan_manifest([(name, w.shape) for name, w in self.weights.items()], "float32", bucket_bytes)
 
-            def join_weight_group(self, group: str, size: int, timeout_s: float) -> None:
-                join_group(group, 0, size, timeout_s)
-                self.group = group
+            def open_slots(self, paths: list[str], base: int) -> None:
+                self.sender = WeightSender(OpenSlots(paths, base))
 
-            def publish_weights(self, manifest: Manifest) -> dict[str, int]:
-                return send_version(manifest, lambda names: ((n, self.weights[n]) for n in names), self.group)
+            def join_weight_group(self, group: str, size: int, timeout_s: float) -> None:
+                from raygym.actors.collective import join_group, leave_group
+
+                leave_group(self.sender.group_name)
+                self.sender.group_name = ""
+                if group:
+                    join_group(group, 0, size, timeout_s)
+                    self.sender.group_name = group
+
+            def publish_weights(
+                self, manifest: Manifest, slot: int, buckets: Any, updates: int | None, timeout_s: float
+            ) -> Any:
+                named = lambda names: ((n, self.weights[n]) for n in names)  # noqa: E731
+                return self.sender.send(manifest, named, slot, buckets, timeout_s)
 
         self.actor: Any = ray.remote(Sender).options(num_cpus=0).remote()
 
-    def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+    weight_ranks = 1
+
+    def call_first(self, method: str, *args: Any, timeout_s: float) -> Any:
         import ray
 
-        return [ray.get(getattr(self.actor, method).remote(*args), timeout=timeout_s)]
+        return ray.get(getattr(self.actor, method).remote(*args), timeout=timeout_s)
+
+    def publish_weights(self, *args: Any) -> Any:
+        return self.call_first("publish_weights", *args, timeout_s=args[-1])
 
 
 class TestTurnsInFlight:
@@ -306,13 +345,12 @@ class TestTurnsInFlight:
     ) -> None:
         import ray
 
-        from raygym.actors.weight_sync import WeightSync
-
         engines, files = one_simulated, ModelFiles(one_simulated.model_dir)
         config = SyncConfig(on_update=on_update, timeout_s=30, finish_timeout_s=20)
-        sync = WeightSync(config, cast("LearnerGroup", files), engines.handle, 1)
-        sync.connect()
-        with in_flight(engines, 8, 200, {"seed": 1}) as (turns, chat):
+        with (
+            connected(config, cast("LearnerGroup", files), engines) as sync,
+            in_flight(engines, 8, 200, {"seed": 1}) as (turns, chat),
+        ):
             time.sleep(0.5)  # a quarter of their tokens
             published = sync.publish(engines.version + 1)
             answers = [turn.result(timeout_s=60) for turn in turns]

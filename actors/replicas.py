@@ -1,0 +1,168 @@
+"""The replicas as the driver of a run knows them: it beats, they answer, and those with current weights serve."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from raygym.actors.replica_calls import call_replicas
+from raygym.lease import LeaseBook, ReplicaState
+from raygym.weights import WeightsId
+
+logger = logging.getLogger(__name__)
+_BEATS_IN_A_LEASE = 6
+_LONGEST_BEAT_S = 2.0
+# A replica that Serve has replaced is forgotten after so many leases of silence.
+_FORGOTTEN_AFTER = 20
+
+
+class Replicas:
+    """Beats from a thread of its own until it is closed. Thread-safe."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle[Any],
+        lease_s: float,
+        behind: Callable[[], None],
+        told: Callable[[str, str, str], None],
+    ) -> None:
+        """Nothing beats yet.
+
+        Args:
+            handle: of the deployment.
+            lease_s: how long a replica serves after the last confirmation.
+            behind: called by the beating thread when replicas that answer do not hold the current weights.
+            told: gets what happened to a replica (`admitted`, `fenced`), its name, and why.
+        """
+        self.handle = handle
+        self._book = LeaseBook(lease_s)
+        self._behind = behind
+        self._told = told
+        self._every_s = min(_LONGEST_BEAT_S, lease_s / _BEATS_IN_A_LEASE)
+        self._changed = threading.Condition()  # guards the book
+        self._at_once = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="replicas", daemon=True)
+        self.calls = 0
+        """Remote calls that were made, beats not counted."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the membership: one more with each replica that is admitted or fenced."""
+        return self._book.epoch
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Beat no more. Replicas go on until their leases end."""
+        self._closed = True
+        self._at_once.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * _LONGEST_BEAT_S)
+
+    def updating(self, weights: WeightsId) -> None:
+        """These become current. Those before them are served, too, until `fence_the_rest`."""
+        with self._changed:
+            self._book.updating(weights)
+            self._changed.notify_all()
+
+    def call(self, method: str, *args: Any, timeout_s: float, tick_s: float | None = None) -> Iterator[Any]:
+        """See `call_replicas`."""
+        for answer in call_replicas(self.handle, method, *args, timeout_s=timeout_s, tick_s=tick_s):
+            self.calls += answer is not None
+            yield answer
+
+    def heard(self, state: ReplicaState) -> None:
+        """A replica has answered something."""
+        with self._changed:
+            if self._book.heard(state):
+                logger.info("replica %s serves version %d", state.replica, state.weights.version)
+                self._told("admitted", state.replica, f"serves version {state.weights.version}")
+            self._changed.notify_all()
+
+    def unanswered(self, answered: set[str]) -> bool:
+        """Whether a replica that may be serving is not among these."""
+        with self._changed:
+            return bool(self._book.may_serve() - answered)
+
+    def fence_the_rest(self) -> int:
+        """Grant nothing to replicas that do not hold the current weights, and wait until none of them can serve.
+
+        Takes at most a lease. Returns how many served until now.
+        """
+        with self._changed:
+            self._book.updated()
+            while late := self._others() & self._book.may_serve():
+                until_s = max(self._book.may_serve_until_s(name) for name in late)
+                self._changed.wait(max(0.01, until_s - time.monotonic()))
+            version = self._book.weights.version
+            fenced = sum(self._fence(name, f"did not come to version {version} in time") for name in self._others())
+        self._at_once.set()
+        return fenced
+
+    def wait_for(self, count: int, deadline: float, states: Callable[[LeaseBook], list[ReplicaState]]) -> bool:
+        """Wait until `states` has at least `count` of them, at most until `deadline` (monotonic). Whether it has."""
+        with self._changed:
+            while len(states(self._book)) < count:
+                self._at_once.set()
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(min(left_s, self._every_s))
+            return True
+
+    @contextmanager
+    def book(self) -> Iterator[LeaseBook]:
+        """What is known at this moment; read it only."""
+        with self._changed:
+            yield self._book
+
+    def _others(self) -> set[str]:
+        return set(self._book.known()) - {state.replica for state in self._book.current()}
+
+    def _fence(self, name: str, why: str) -> bool:
+        if served := self._book.fence(name):
+            logger.warning("replica %s is fenced: it %s", name, why)
+            self._told("fenced", name, why)
+        return served
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._at_once.clear()
+            with self._changed:
+                beat = self._book.beat()
+            # Answers come in a thread of their own: one that is late must not delay the next beat.
+            threading.Thread(target=self._beat, args=(beat,), name="beat", daemon=True).start()
+            with self._changed:
+                self._watch()
+                behind = bool(self._book.behind())
+            if behind:
+                self._behind()
+            self._at_once.wait(self._every_s)
+            if self._at_once.is_set():
+                time.sleep(0.02)  # whoever waits for a change asks for beats again and again
+
+    def _beat(self, beat: Any) -> None:
+        try:
+            for answer in call_replicas(self.handle, "beat", beat, timeout_s=self._book.lease_s):
+                if isinstance(answer, ReplicaState):
+                    self.heard(answer)
+        except Exception as error:  # Serve itself is going or coming; the next beat tries again
+            logger.debug("a beat failed: %s", error)
+
+    def _watch(self) -> None:
+        """Fence who is silent; forget who is gone."""
+        may_serve = self._book.may_serve()
+        for name in self._book.silent():
+            if name not in may_serve:
+                self._fence(name, f"gave no answer for {self._book.lease_s:g} s")
+            if self._book.silent_s(name) > _FORGOTTEN_AFTER * self._book.lease_s:
+                self._book.forget(name)

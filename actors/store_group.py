@@ -1,0 +1,198 @@
+"""The weight stores of a run, one on each node that needs weights, and the group that carries weights between nodes."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from raygym.actors.collective import CollectiveTimeout
+from raygym.actors.learner_group import LearnerError, LearnerGroup
+from raygym.actors.weight_sender import SentVersion
+from raygym.actors.weight_store import start_store
+from raygym.weights import Manifest, WeightsError
+
+logger = logging.getLogger(__name__)
+_START_TIMEOUT_S = 60.0
+_PING_TIMEOUT_S = 5.0
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    actor: Any
+    paths: list[str]
+    base: int
+
+
+class StoreGroup:
+    """Driver side. Not thread-safe.
+
+    Members of the group are learner 0 and the stores of other nodes. It has an epoch: where a store is lost or a node
+    comes, the members leave and meet again in a group of another name, since a broken group cannot be mended.
+    """
+
+    def __init__(self, manifest: Manifest, learners: LearnerGroup, timeout_s: float) -> None:
+        """Nothing is started yet. Raises LearnerError where learner 0 does not answer."""
+        self._manifest = manifest
+        self._learners = learners
+        self._timeout_s = timeout_s
+        self._sender_node: str = learners.call_first("weight_node", timeout_s=timeout_s)
+        self._stores: dict[str, _Store] = {}
+        self._opened: Any = None
+        self._members: tuple[str, ...] = ()
+        self.epoch = 0
+        """Of the group."""
+        self.calls = 0
+        """Remote calls that were made."""
+
+    def paths(self, slot: int) -> dict[str, str]:
+        """Node -> the file of a slot there."""
+        return {node: store.paths[slot] for node, store in self._stores.items()}
+
+    def ensure(self, nodes: Collection[str], current: int | None = None) -> set[str]:
+        """Start the stores that are missing on these nodes and learner 0's. A node that is gone gets none.
+
+        Args:
+            nodes: Ray's IDs.
+            current: the slot whose content a new store copies from learner 0's node; None: there is none yet.
+
+        Returns:
+            Nodes whose store is new.
+
+        Raises:
+            WeightsError: learner 0's node can have no store.
+        """
+        missing = {*nodes, self._sender_node} - set(self._stores)
+        starting = {node: start_store(node, self._manifest) for node in missing}
+        references = {node: actor.slots.remote() for node, actor in starting.items()}
+        new: set[str] = set()
+        # Learner 0's first: the others copy from it.
+        for node in sorted(references, key=lambda node: node != self._sender_node):
+            try:
+                self._stores[node] = _Store(starting[node], *self._answer(references[node], _START_TIMEOUT_S))
+                if current is not None and node != self._sender_node:
+                    source = self._stores[self._sender_node].actor
+                    self._answer(starting[node].pull.remote(source, current, self._timeout_s), self._timeout_s)
+            except RayError as error:
+                self._drop(node)
+                ray.kill(starting[node])
+                if node == self._sender_node:
+                    raise _cause(error, f"learner 0's node {node} has no weight store") from error
+                logger.warning("node %s has no weight store: %s", node, error)
+            else:
+                new.add(node)
+        self._open()
+        return new
+
+    def send(self, slot: int, buckets: Sequence[int], updates: int | None = None) -> SentVersion:
+        """Write buckets of the learners' weights into a slot of every store. Stores that are lost on the way drop out.
+
+        Args:
+            slot: which.
+            buckets: numbers of those that are sent.
+            updates: how many updates the weights must have seen; None: any number.
+
+        Raises:
+            LearnerError: a learner failed.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._regroup()
+                return self._send(slot, buckets, updates)
+            except LearnerError as error:
+                if not _is_timeout(error) or attempt == _ATTEMPTS:
+                    raise
+                logger.warning("weights were not sent, attempt %d: %s", attempt, error)
+                self.check()
+                self._members = ()  # whoever is left meets again
+        raise AssertionError("unreachable")
+
+    def check(self) -> set[str]:
+        """Drop the stores that do not answer; returns their nodes."""
+        references = {node: store.actor.ping.remote() for node, store in self._stores.items()}
+        done, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=_PING_TIMEOUT_S)
+        lost = set()
+        for node, reference in references.items():
+            try:
+                if reference not in done:
+                    raise GetTimeoutError("no answer")
+                self._answer(reference, _PING_TIMEOUT_S)
+            except RayError as error:
+                logger.warning("the weight store of node %s is lost: %s", node, error)
+                lost.add(node)
+                self._drop(node)
+        return lost
+
+    def close(self) -> None:
+        """End all stores; their memory goes with them."""
+        for node in list(self._stores):
+            self._drop(node)
+
+    def _send(self, slot: int, buckets: Sequence[int], updates: int | None) -> SentVersion:
+        receiving = [self._stores[node].actor.receive.remote(slot, buckets) for node in self._members]
+        sent = self._learners.publish_weights(self._manifest, slot, buckets, updates, self._timeout_s)
+        self.calls += len(receiving) + self._learners.weight_ranks
+        late = ray.wait(receiving, num_returns=len(receiving), timeout=self._timeout_s)[1] if receiving else []
+        for node, reference in zip(self._members, receiving, strict=True):
+            try:
+                if reference in late:
+                    raise GetTimeoutError(f"not received within {self._timeout_s:g} s")
+                self._answer(reference, self._timeout_s)
+            except RayError as error:
+                # The others have it all: a broadcast ends for each when it has its own part.
+                logger.warning("the weight store of node %s is lost: %s", node, error)
+                self._drop(node)
+        return sent
+
+    def _regroup(self) -> None:
+        """Make learner 0 and the other nodes' stores one group, where they are not."""
+        members = tuple(sorted(set(self._stores) - {self._sender_node}))
+        if members == self._members:
+            return
+        self.epoch += 1
+        self._members = ()
+        # Names are used once: Ray remembers a group by its name until every member has left it.
+        name, size = f"raygym-weights-{uuid.uuid4().hex[:12]}", len(members) + 1
+        joining = [
+            self._stores[node].actor.join.remote(name, rank, size, self._timeout_s)
+            for rank, node in enumerate(members, 1)
+        ]
+        group = name if members else ""
+        self._learners.call_first("join_weight_group", group, size, self._timeout_s, timeout_s=2 * self._timeout_s)
+        self.calls += len(joining) + 1
+        for reference in joining:
+            try:
+                self._answer(reference, self._timeout_s)
+            except RayError as error:
+                raise LearnerError(f"a weight store did not join the group: {error}") from error
+        self._members = members
+
+    def _open(self) -> None:
+        store = self._stores[self._sender_node]
+        if store is not self._opened:
+            self._learners.call_first("open_slots", store.paths, store.base, timeout_s=self._timeout_s)
+            self._opened = store
+
+    def _drop(self, node: str) -> None:
+        if (store := self._stores.pop(node, None)) is not None:
+            ray.kill(store.actor)
+
+    def _answer(self, reference: Any, timeout_s: float) -> Any:
+        self.calls += 1
+        return ray.get(reference, timeout=timeout_s)
+
+
+def _is_timeout(error: LearnerError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause.cause if isinstance(cause, RayTaskError) else cause, CollectiveTimeout)
+
+
+def _cause(error: RayError, what: str) -> WeightsError:
+    inner = error.cause if isinstance(error, RayTaskError) else error
+    return WeightsError(f"{what}: {inner}")

@@ -1,0 +1,83 @@
+"""The Ray actor that holds the weights of one node, in memory that its learner and its replicas share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raygym.actors.collective import broadcast_bytes, join_group, leave_group
+from raygym.weight_slots import WeightSlots
+from raygym.weights import Manifest, safetensors_header
+
+# A receive may be hanging in a group of before while the next one is joined and somebody asks for a sign of life.
+_THREADS = 8
+_PULL_BYTES = 64 << 20
+
+
+class WeightStore:
+    """Two slots: the current version, from which replicas catch up, and the next one, which is being written.
+
+    On the node of learner 0 it only owns the memory; on others it receives, as a member of the weight group.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Reserve the memory. Raises WeightsError where there is too little."""
+        self._manifest = manifest
+        self._slots = WeightSlots(safetensors_header(manifest), manifest.nbytes)
+        self._group = ""
+
+    def slots(self) -> tuple[list[str], int]:
+        """For `OpenSlots`: paths, which are valid on this node, and where in them the data begins."""
+        return self._slots.paths, self._slots.base
+
+    def ping(self) -> bool:
+        """A sign of life."""
+        return True
+
+    def join(self, group_name: str, rank: int, world_size: int, timeout_s: float) -> None:
+        """Become a member of the weight group, in place of any other. Raises CollectiveTimeout."""
+        leave_group(self._group)
+        self._group = ""
+        join_group(group_name, rank, world_size, timeout_s)
+        self._group = group_name
+
+    def receive(self, slot: int, buckets: Sequence[int]) -> None:
+        """Take these buckets of the next version from the group, each to its place.
+
+        Raises:
+            CollectiveTimeout: the sender or another member is gone or late.
+        """
+        # torch takes a second to import, and the store of the only node of a run never needs it.
+        import torch
+
+        data = torch.frombuffer(self._slots.data(slot), dtype=torch.uint8)
+        for number in buckets:
+            bucket = self._manifest.buckets[number]
+            broadcast_bytes(data[bucket.start : bucket.end], self._group)
+
+    def read(self, slot: int, start: int, end: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """A part of a slot's data, for the store of a node that came later."""
+        return np.frombuffer(self._slots.data(slot)[start:end], np.uint8)
+
+    def pull(self, other: Any, slot: int, timeout_s: float) -> None:
+        """Copy the whole slot of another node's store, through Ray's object store.
+
+        Raises:
+            RayError: the other one is gone; GetTimeoutError: it is late.
+        """
+        data = np.frombuffer(self._slots.data(slot), np.uint8)
+        for start in range(0, self._manifest.nbytes, _PULL_BYTES):
+            end = min(start + _PULL_BYTES, self._manifest.nbytes)
+            data[start:end] = ray.get(other.read.remote(slot, start, end), timeout=timeout_s)
+
+
+def start_store(node: str, manifest: Manifest) -> Any:
+    """Start the store of a node, given Ray's ID of it. Its memory goes with it, so Ray does not restart it."""
+    actor: Any = ray.remote(WeightStore)
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": _THREADS, "scheduling_strategy": where}
+    return actor.options(**options).remote(manifest)

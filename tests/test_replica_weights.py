@@ -1,0 +1,184 @@
+"""How a replica comes to new weights: from memory that its node shares, verified before the engine is touched."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from raygym.in_flight import InFlight
+from raygym.replica_weights import ReplicaWeights
+from raygym.simulate import SimulatedConfig, SimulatedEngine
+from raygym.version_file import changed_tensors, file_checksums, file_shapes
+from raygym.weight_slots import OpenSlots, WeightSlots
+from raygym.weights import (
+    Manifest,
+    VersionOffer,
+    WeightsError,
+    WeightsId,
+    model_checksum,
+    plan_manifest,
+    safetensors_header,
+    tensor_checksum,
+)
+
+SHAPES = [("a", (3, 4)), ("b", (7,)), ("c", (5, 2))]
+
+
+def written(slots: Any, manifest: Manifest, slot: int, seed: int) -> dict[str, int]:
+    """Fill a slot with random weights; their checksums."""
+    rng = np.random.default_rng(seed)
+    checksums = {}
+    data = slots.data(slot)
+    for tensor in manifest.tensors:
+        value = rng.standard_normal(tensor.shape).astype(np.float32).tobytes()
+        data[tensor.start : tensor.end] = value
+        checksums[tensor.name] = tensor_checksum(value)
+    return checksums
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return plan_manifest(SHAPES, "float32", 64)
+
+
+@pytest.fixture
+def slots(manifest: Manifest) -> Any:
+    owner = WeightSlots(safetensors_header(manifest), manifest.nbytes)
+    yield owner
+    owner.close()
+
+
+def test_what_one_process_writes_another_reads_as_safetensors(slots: WeightSlots, manifest: Manifest) -> None:
+    sent = written(OpenSlots(slots.paths, slots.base), manifest, 1, seed=0)
+    assert file_checksums(slots.paths[1]) == sent
+    assert file_shapes(slots.paths[1]) == dict(SHAPES)
+    for name, tensor in load_file(slots.paths[1]).items():
+        assert tensor_checksum(tensor.numpy()) == sent[name]
+    assert changed_tensors(slots.paths[1], sent) == []
+    slots.data(1)[manifest.tensors[1].start] ^= 1
+    assert changed_tensors(slots.paths[1], sent) == ["b"]
+    assert changed_tensors(slots.paths[0], sent) == ["a", "b", "c"], "the other slot is another version"
+
+
+def test_the_memory_is_gone_with_its_owner(manifest: Manifest) -> None:
+    before = psutil.Process().num_fds()
+    slots = WeightSlots(safetensors_header(manifest), manifest.nbytes)
+    paths, base = slots.paths, slots.base
+    slots.close()
+    del slots
+    gc.collect()
+    assert psutil.Process().num_fds() == before
+    with pytest.raises(WeightsError, match="weight store of this node is gone"):
+        OpenSlots(paths, base)
+    with pytest.raises(WeightsError, match="whoever has written it is gone"):
+        file_checksums(paths[0])
+
+
+def test_too_little_memory_is_told_before_anything_is_reserved() -> None:
+    with pytest.raises(WeightsError, match=r"two versions of the weights take \d+ MiB .* MiB are free"):
+        WeightSlots(b"", psutil.virtual_memory().total)
+
+
+class Replica:
+    def __init__(self, model_dir: Path, leased: bool = False) -> None:
+        self.engine = SimulatedEngine(SimulatedConfig(), [2])
+        self.fenced = 0
+        self.weights = ReplicaWeights(
+            "r", "node", self.engine, InFlight(), str(model_dir), leased=leased, fenced=self._fenced
+        )
+
+    def _fenced(self) -> None:
+        self.fenced += 1
+
+    async def update(self, offer: VersionOffer) -> Any:
+        return await self.weights.update(offer, "keep", 1.0)
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    save_file({name: torch.zeros(shape) for name, shape in SHAPES}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def offer_of(slots: WeightSlots, manifest: Manifest, version: int, slot: int = 0) -> VersionOffer:
+    sent = written(slots, manifest, slot, seed=version)
+    return VersionOffer(WeightsId(version, model_checksum(sent)), {"node": slots.paths[slot]}, sent)
+
+
+async def test_a_version_is_applied_once(slots: WeightSlots, manifest: Manifest, model_dir: Path) -> None:
+    replica = Replica(model_dir)
+    offer = offer_of(slots, manifest, 3)
+    first, second = await asyncio.gather(replica.update(offer), replica.update(offer))
+    assert first.state.weights == second.state.weights == offer.weights
+    assert not first.problem and not second.problem
+    assert set(first.seconds) == {"verify", "load"} and not second.seconds, "there was nothing left to do"
+    assert (replica.engine.weight_version, replica.fenced) == (3, 0)
+
+
+async def test_changed_weights_are_refused_and_may_come_again(
+    slots: WeightSlots, manifest: Manifest, model_dir: Path
+) -> None:
+    replica = Replica(model_dir)
+    offer = offer_of(slots, manifest, 1)
+    place = manifest.tensors[2].start
+    slots.data(0)[place] ^= 0x10
+    refused = await replica.update(offer)
+    assert refused.changed == ("c",) and "1 tensors had changed" in refused.problem
+    assert refused.state.weights == WeightsId() and replica.fenced == 0, "it goes on with what it has"
+    slots.data(0)[place] ^= 0x10
+    assert (await replica.update(offer)).state.weights == offer.weights
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"paths": {}}, "version 1 is not on node node yet"),
+        ({"paths": {"node": f"/proc/{os.getpid()}/fd/99999"}}, "No such file"),
+    ],
+)
+async def test_a_version_that_cannot_be_had_fences_the_replica(
+    slots: WeightSlots, manifest: Manifest, model_dir: Path, change: dict[str, Any], words: str
+) -> None:
+    replica = Replica(model_dir)
+    offer = offer_of(slots, manifest, 1)
+    broken = VersionOffer(offer.weights, change["paths"], offer.checksums)
+    refused = await replica.update(broken)
+    assert words in refused.problem
+    assert refused.state.fenced and not refused.state.admitted and replica.fenced == 1
+    assert replica.weights.failure is None, "the engine is as it was"
+    assert not (await replica.update(offer)).problem, "and takes the version when it is there"
+
+
+async def test_weights_of_another_model_are_refused(slots: WeightSlots, manifest: Manifest, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(8)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    replica = Replica(tmp_path)
+    assert "another shape for b" in replica.weights.misfit({"a": (3, 4), "b": (7,)})
+    refused = await replica.update(offer_of(slots, manifest, 1))
+    assert "have unknown c" in refused.problem and replica.engine.weight_version == 0
+
+
+async def test_an_engine_that_fails_while_it_loads_is_unusable(
+    slots: WeightSlots, manifest: Manifest, model_dir: Path
+) -> None:
+    replica = Replica(model_dir)
+
+    async def load_weights(path: str, version: int) -> str:
+        replica.engine.weight_version = version
+        return "something else"
+
+    replica.engine.load_weights = load_weights  # type: ignore[method-assign]
+    refused = await replica.update(offer_of(slots, manifest, 1))
+    assert "the engine loaded something else" in refused.problem
+    assert isinstance(replica.weights.failure, WeightsError)
+    assert "an update before failed" in (await replica.update(offer_of(slots, manifest, 2))).problem
