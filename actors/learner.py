@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raygym.actors.collective import join_group, leave_group
 from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.actors.weight_sender import SentVersion, WeightSender, take_part
 from raygym.config import LearnerConfig
@@ -242,16 +241,15 @@ class LearnerActor:
 
     def open_slots(self, paths: list[str], base: int) -> None:
         """Rank 0 writes what it publishes there; the arguments are those of `OpenSlots`."""
-        self._sender = WeightSender(OpenSlots(paths, base), self._sender.group_name if self._sender else "")
+        slots = OpenSlots(paths, base)
+        if self._sender is None:
+            self._sender = WeightSender(slots)
+        self._sender.slots = slots
 
     def join_weight_group(self, group_name: str, world_size: int, timeout_s: float) -> None:
-        """Rank 0 becomes the sender of the weight group, in place of any other; an empty name only leaves it."""
+        """Rank 0 becomes the sender of the weight group; see `WeightSender.join`."""
         assert self._sender is not None, "open_slots() first"
-        leave_group(self._sender.group_name)
-        self._sender.group_name = ""
-        if group_name:
-            join_group(group_name, 0, world_size, timeout_s)
-            self._sender.group_name = group_name
+        self._sender.join(group_name, world_size, timeout_s)
 
     def publish_weights(
         self, manifest: Manifest, slot: int, buckets: Sequence[int], updates: int | None, timeout_s: float
@@ -325,6 +323,6 @@ class LearnerActor:
     def close(self) -> None:
         """Leave the gang. All ranks at once; nothing works afterwards."""
         if self._sender is not None:
-            leave_group(self._sender.group_name)
+            self._sender.join("", 0, 0.0)
         if dist.is_initialized():
             dist.destroy_process_group()

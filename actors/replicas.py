@@ -100,11 +100,13 @@ class Replicas:
         """
         with self._changed:
             self._book.updated()
+            version = self._book.weights.version
+            fenced = sum(self._fence(name, f"did not come to version {version} in time") for name in self._others())
+            self._at_once.set()
+            # Those that answer say that they have ended their leases; the others' end by themselves.
             while late := self._others() & self._book.may_serve():
                 until_s = max(self._book.may_serve_until_s(name) for name in late)
                 self._changed.wait(max(0.01, until_s - time.monotonic()))
-            version = self._book.weights.version
-            fenced = sum(self._fence(name, f"did not come to version {version} in time") for name in self._others())
         self._at_once.set()
         return fenced
 

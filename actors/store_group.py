@@ -18,7 +18,8 @@ from raygym.actors.weight_store import start_store
 from raygym.weights import Manifest, WeightsError
 
 logger = logging.getLogger(__name__)
-_START_TIMEOUT_S = 60.0
+# Longer than a process takes to start on a machine that is busy with the start of engines and learners.
+_START_TIMEOUT_S = 180.0
 _PING_TIMEOUT_S = 5.0
 _ATTEMPTS = 3
 
@@ -75,17 +76,17 @@ class StoreGroup:
         # Learner 0's first: the others copy from it.
         for node in sorted(references, key=lambda node: node != self._sender_node):
             try:
-                self._stores[node] = _Store(starting[node], *self._answer(references[node], _START_TIMEOUT_S))
+                store = _Store(starting[node], *self._answer(references[node], _START_TIMEOUT_S))
                 if current is not None and node != self._sender_node:
                     source = self._stores[self._sender_node].actor
-                    self._answer(starting[node].pull.remote(source, current, self._timeout_s), self._timeout_s)
+                    self._answer(store.actor.pull.remote(source, current, self._timeout_s), self._timeout_s)
             except RayError as error:
-                self._drop(node)
                 ray.kill(starting[node])
                 if node == self._sender_node:
                     raise _cause(error, f"learner 0's node {node} has no weight store") from error
                 logger.warning("node %s has no weight store: %s", node, error)
             else:
+                self._stores[node] = store
                 new.add(node)
         self._open()
         return new
@@ -195,4 +196,6 @@ def _is_timeout(error: LearnerError) -> bool:
 
 def _cause(error: RayError, what: str) -> WeightsError:
     inner = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, GetTimeoutError):
+        return WeightsError(f"{what}: it was not up within {_START_TIMEOUT_S:g} s")
     return WeightsError(f"{what}: {inner}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from raygym.actors.collective import CollectiveTimeout, broadcast_bytes
+from raygym.actors.collective import CollectiveTimeout, broadcast_bytes, join_group, leave_group
 from raygym.weight_slots import OpenSlots
 from raygym.weights import Bucket, Manifest, tensor_checksum
 
@@ -39,12 +39,24 @@ class SentVersion:
 
 
 class WeightSender:
-    """Learner 0's, with the slots of its node open and perhaps the weight group joined."""
+    """Learner 0's, with the slots of its node."""
 
-    def __init__(self, slots: OpenSlots, group_name: str = "") -> None:
-        """`group_name`: the group of the other nodes' stores; empty where there is none."""
-        self._slots = slots
-        self.group_name = group_name
+    def __init__(self, slots: OpenSlots) -> None:
+        """A member of no group."""
+        self.slots = slots
+        self._group_name = ""
+
+    def join(self, group_name: str, world_size: int, timeout_s: float) -> None:
+        """Become the sender of a group of stores, in place of any other; an empty name only leaves that.
+
+        Raises:
+            CollectiveTimeout: somebody is missing after `timeout_s`.
+        """
+        leave_group(self._group_name)
+        self._group_name = ""
+        if group_name:
+            join_group(group_name, 0, world_size, timeout_s)
+            self._group_name = group_name
 
     def send(
         self, manifest: Manifest, iter_weights: IterWeights, slot: int, buckets: Sequence[int], timeout_s: float
@@ -57,13 +69,13 @@ class WeightSender:
             CollectiveTimeout: a store is gone or late; all together may take `timeout_s`.
         """
         sent, deadline = SentVersion(), time.monotonic() + timeout_s
-        data = torch.frombuffer(self._slots.data(slot), dtype=torch.uint8)
+        data = torch.frombuffer(self.slots.data(slot), dtype=torch.uint8)
         with ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as sending:
             waiting: list[Future[None]] = []
             for bucket in (manifest.buckets[number] for number in buckets):
                 self._write(data, manifest.dtype, bucket, iter_weights, sent)
                 waiting.append(summing.submit(_sum_up, data, bucket, sent))
-                if self.group_name:
+                if self._group_name:
                     waiting.append(sending.submit(self._broadcast, data, bucket, sent, deadline))
                 for future in (future for future in waiting if future.done()):
                     future.result()  # an error is told before the next bucket
@@ -88,9 +100,9 @@ class WeightSender:
 
     def _broadcast(self, data: torch.Tensor, bucket: Bucket, sent: SentVersion, deadline: float) -> None:
         if time.monotonic() > deadline:
-            raise CollectiveTimeout(f"group {self.group_name}: a version was not sent in time")
+            raise CollectiveTimeout(f"group {self._group_name}: a version was not sent in time")
         with sent.timed("broadcast"):
-            broadcast_bytes(data[bucket.start : bucket.end], self.group_name)
+            broadcast_bytes(data[bucket.start : bucket.end], self._group_name)
 
 
 def take_part(manifest: Manifest, iter_weights: IterWeights, buckets: Sequence[int]) -> None:

@@ -143,7 +143,7 @@ class WeightSync:
             started = time.monotonic()
             self._ensure_stores()
             slot = 1 - self._slot
-            sent = self._send(slot, None)
+            sent = self._send(slot, self._buckets(None))
             broadcasted = time.monotonic()
             self._slot, self._updates = slot, sent.updates
             offer = self._offer = self._offered(WeightsId(version, model_checksum(sent.checksums)), sent.checksums)
@@ -212,26 +212,43 @@ class WeightSync:
         assert self._stores is not None
         return VersionOffer(weights, self._stores.paths(self._slot), checksums)
 
-    def _send(self, slot: int, names: set[str] | None, updates: int | None = None) -> SentVersion:
+    def _buckets(self, names: set[str] | None) -> list[int]:
+        return list(range(len(self._manifest.buckets))) if names is None else buckets_of(self._manifest, names)
+
+    def _send(self, slot: int, buckets: list[int], updates: int | None = None) -> SentVersion:
         assert self._stores is not None
-        every = range(len(self._manifest.buckets))
-        return self._stores.send(slot, list(every) if names is None else buckets_of(self._manifest, names), updates)
+        return self._stores.send(slot, buckets, updates)
 
     def _update(self, offer: VersionOffer) -> tuple[_Outcome, int]:
-        """Offer it to all replicas, and again where it had changed on its way; and how many buckets were sent again."""
+        """Offer it to all replicas, and again what did not arrive whole; and how many buckets were sent again."""
         resent = 0
         outcome = self._offer_to_all(offer)
         for _ in range(_RESENDS):
-            if not outcome.changed:
-                break
-            buckets = buckets_of(self._manifest, outcome.changed)
-            logger.warning("buckets %s had changed on their way and are sent again", buckets)
+            names: set[str] | None = outcome.changed
+            if not names:
+                # A lost store takes its version with it.
+                if not (outcome.problems() and self._lost_stores()):
+                    break
+                names = None
+            buckets = self._buckets(names)
+            logger.warning("buckets %s did not arrive whole and are sent again", buckets)
             resent += len(buckets)
-            self._send(self._slot, outcome.changed, self._updates)
+            self._send(self._slot, buckets, self._updates)
+            offer = self._offer = self._offered(offer.weights, dict(offer.checksums))
             again = self._offer_to_all(offer)
             again.applied = {name: _latest(outcome.applied.get(name), found) for name, found in again.applied.items()}
             outcome = again
         return outcome, resent
+
+    def _lost_stores(self) -> bool:
+        """Whether a store was lost; there is a new one in its place then, which has nothing in it."""
+        assert self._stores is not None
+        if not self._stores.check():
+            return False
+        with self._replicas.book() as book:
+            nodes = book.nodes()
+        self._stores.ensure(nodes)
+        return True
 
     def _offer_to_all(self, offer: VersionOffer) -> _Outcome:
         outcome = _Outcome()
@@ -284,15 +301,8 @@ class WeightSync:
         if not behind:
             return
         self._ensure_stores()
-        outcome = self._offer_to_all(self._offer or offer)
-        if outcome.changed or any(state.replica not in outcome.applied for state in behind):
-            return  # tried again
-        assert self._stores is not None
-        if any(outcome.applied[state.replica].problem for state in behind) and self._stores.check():
-            # A store was lost, perhaps the last with this version: it is written anew if the learners still have it.
-            self._ensure_stores()
-            sent = self._send(self._slot, None, self._updates)
-            self._offer = self._offered(offer.weights, sent.checksums)
+        # Where a store was lost, the version is written anew, if the learners have it still.
+        self._update(self._offer or offer)
 
     def _calls(self) -> int:
         return self._replicas.calls + (self._stores.calls if self._stores is not None else 0)

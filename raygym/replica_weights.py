@@ -95,8 +95,8 @@ class ReplicaWeights:
     async def update(self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float) -> Applied:
         """Verify the offered version, then pause, replace all weights, and resume. Nothing to do where it is served.
 
-        A version that cannot be had fences the replica: it would go on with weights that are not current. An error
-        while the engine loads makes the replica unusable.
+        Where it cannot be had, the replica goes on with what it has until the driver fences it. An error while the
+        engine loads fences it at once and makes it unusable.
 
         Args:
             offer: the version.
@@ -107,8 +107,6 @@ class ReplicaWeights:
             try:
                 return await self._update(offer, on_update, finish_timeout_s)
             except Exception as error:
-                self.admission.fence()
-                self._fenced()
                 return Applied(self.state(), f"{type(error).__name__}: {error}")
 
     async def _update(self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float) -> Applied:
@@ -139,4 +137,6 @@ class ReplicaWeights:
             await self._engine.resume()
         except BaseException as error:
             self.failure = error
+            self.admission.fence()
+            self._fenced()
             raise

@@ -9,7 +9,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 import threading
 import time
 import urllib.request
@@ -21,13 +20,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from weight_files import ModelFiles, free_port
 
 from raygym.config import LearnerConfig, PolicyConfig, SyncConfig
 from raygym.in_flight import OnUpdate
 from raygym.models import resolve_policy
 from raygym.types import EngineLoad, Generation, Int32Array, Sampling, TrainSequence
-from raygym.weights import Manifest, WeightsId, plan_manifest
+from raygym.weights import WeightsId
 
 if TYPE_CHECKING:
     from raygym.actors.learner_group import LearnerGroup
@@ -93,9 +92,7 @@ def deployed(
 
     from raygym.actors import serving
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     model_dir = model_dir or str(resolve_policy(model))
     config = PolicyConfig(model=model, replicas=replicas, vllm={"max_model_len": 512, **(vllm or {})}, **policy)
     config = serving.with_engine_defaults(config, model_dir)
@@ -280,57 +277,6 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, the
 @pytest.fixture(scope="class")
 def one_simulated(ray_cluster: None) -> Iterator[Engines]:
     yield from deployed("tiny", 1, "one-simulated", engine="simulated", simulated={"turn_latency_s": 2.0})
-
-
-class ModelFiles:
-    """In place of learners: an actor that sends the weights of the policy's files."""
-
-    def __init__(self, model_dir: str) -> None:
-        import ray
-
-        from raygym.actors.weight_sender import WeightSender
-        from raygym.weight_slots import OpenSlots
-
-        class Sender:  # in here, since workers cannot import this module
-            def __init__(self) -> None:
-                self.weights = load_file(f"{model_dir}/model.safetensors")
-                self.updates = 0
-
-            def weight_node(self) -> str:
-                return str(ray.get_runtime_context().get_node_id())
-
-            def weight_manifest(self, bucket_bytes: int) -> Manifest:
-                return plan_manifest([(name, w.shape) for name, w in self.weights.items()], "float32", bucket_bytes)
-
-            def open_slots(self, paths: list[str], base: int) -> None:
-                self.sender = WeightSender(OpenSlots(paths, base))
-
-            def join_weight_group(self, group: str, size: int, timeout_s: float) -> None:
-                from raygym.actors.collective import join_group, leave_group
-
-                leave_group(self.sender.group_name)
-                self.sender.group_name = ""
-                if group:
-                    join_group(group, 0, size, timeout_s)
-                    self.sender.group_name = group
-
-            def publish_weights(
-                self, manifest: Manifest, slot: int, buckets: Any, updates: int | None, timeout_s: float
-            ) -> Any:
-                named = lambda names: ((n, self.weights[n]) for n in names)  # noqa: E731
-                return self.sender.send(manifest, named, slot, buckets, timeout_s)
-
-        self.actor: Any = ray.remote(Sender).options(num_cpus=0).remote()
-
-    weight_ranks = 1
-
-    def call_first(self, method: str, *args: Any, timeout_s: float) -> Any:
-        import ray
-
-        return ray.get(getattr(self.actor, method).remote(*args), timeout=timeout_s)
-
-    def publish_weights(self, *args: Any) -> Any:
-        return self.call_first("publish_weights", *args, timeout_s=args[-1])
 
 
 class TestTurnsInFlight:

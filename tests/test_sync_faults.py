@@ -1,0 +1,223 @@
+"""Weights under faults: replicas and stores that die, stop or are sent other bytes. Simulated engines, no learner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import pytest
+from weight_files import ModelFiles, simulated_engines
+
+from raygym.config import SyncConfig
+from raygym.lease import ReplicaState
+from raygym.types import EpisodeFailure, Generation, Sampling
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+LEASE_S = 4.0
+TIMEOUT_S = 20.0
+
+
+class Fleet:
+    """Two replicas, a sender, and turns that never stop."""
+
+    def __init__(self, handle: Any, app: str, files: ModelFiles) -> None:
+        from raygym.actors.weight_sync import WeightSync
+
+        self.files = files
+        self.app = app
+        self.told: list[tuple[str, str]] = []
+        config = SyncConfig(lease_s=LEASE_S, timeout_s=TIMEOUT_S, bucket_mib=1)
+        self.sync = WeightSync(
+            config, cast(Any, files), handle, 2, 120.0, lambda what, replica, why: self.told.append((what, replica))
+        )
+        self.version = 0
+        self.asked: list[tuple[float, float, Generation]] = []
+        """When it was asked, when it was answered, and the answer."""
+        self.failures: list[EpisodeFailure] = []
+        self._ended = threading.Event()
+        self._asking = threading.Thread(target=lambda: asyncio.run(self._ask()), daemon=True)
+
+    def publish(self) -> Any:
+        self.version += 1
+        self.files.call("change", self.version)
+        return self.sync.publish(self.version)
+
+    def start(self) -> None:
+        self.sync.connect()
+        self._asking.start()
+        deadline = time.monotonic() + 60
+        while not self.asked:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        self._ended.set()
+        self._asking.join(60)
+        self.sync.close()
+
+    def answered_since(self, began: float) -> list[Generation]:
+        return [answer for asked, _, answer in self.asked if asked > began]
+
+    def wait_for_answers(self, began: float, count: int = 20) -> list[Generation]:
+        deadline = time.monotonic() + 60
+        while len(found := self.answered_since(began)) < count:
+            assert time.monotonic() < deadline, "turns do not go on"
+            time.sleep(0.05)
+        return found
+
+    async def _ask(self) -> None:
+        from raygym.actors.policy_server import DEPLOYMENT
+        from raygym.actors.turn_exchange import TurnExchange
+
+        exchange = TurnExchange(DEPLOYMENT, self.app)
+
+        async def turns(number: int) -> None:
+            turn = 0
+            while not self._ended.is_set():
+                turn += 1
+                prompt = np.asarray([number, turn % 250], np.int32)
+                asked = time.monotonic()
+                try:
+                    async with asyncio.timeout(20):
+                        answer = await exchange(prompt, Sampling(max_tokens=8, seed=turn), f"s{number}-{turn}")
+                except TimeoutError:
+                    continue
+                except EpisodeFailure as failure:
+                    self.failures.append(failure)
+                    await asyncio.sleep(0.05)
+                else:
+                    self.asked.append((asked, time.monotonic(), answer))
+
+        await asyncio.gather(*(turns(number) for number in range(8)))
+
+
+@contextmanager
+def fleet(name: str) -> Iterator[Fleet]:
+    with simulated_engines(name, 2, turn_latency_s=0.05) as (handle, model_dir):
+        made = Fleet(handle, f"raygym-{name}", ModelFiles(model_dir))
+        try:
+            made.start()
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture
+def two(ray_cluster: None) -> Iterator[Fleet]:
+    with fleet("two") as made:
+        yield made
+
+
+def pids(states: list[ReplicaState]) -> set[int]:
+    return {state.pid for state in states}
+
+
+def versions_in_order(fleet: Fleet) -> None:
+    """An answer to what was asked after a publish has none of the versions before; none is mixed but in order."""
+    for _, _, answer in fleet.asked:
+        assert (np.diff(answer.weight_versions) >= 0).all()
+
+
+def current_only(fleet: Fleet, began: float) -> None:
+    assert {v for answer in fleet.answered_since(began) for v in answer.weight_versions.tolist()} == {fleet.version}
+
+
+def stores() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "ray::WeightStore" in " ".join(p.cmdline() or [""])]
+
+
+def test_what_kills_stops_or_changes_something_costs_no_version(two: Fleet) -> None:
+    """One fleet for all, since it takes long to start: each part ends with two replicas that serve what is current."""
+    for part in (in_peace, other_bytes, a_killed_replica, a_stopped_replica, a_killed_store, all_killed):
+        part(two)
+        states = two.sync.settle(60)
+        assert len(states) == 2, part.__name__
+        assert {state.weights.version for state in states} == {two.version}, part.__name__
+        assert len({state.weights.checksum for state in states}) == 1
+        versions_in_order(two)
+
+
+def in_peace(two: Fleet) -> None:
+    published = two.publish()
+    assert (published.version, published.replicas, published.fenced, published.resent_buckets) == (1, 2, 0, 0)
+    began = time.monotonic()
+    two.wait_for_answers(began)
+    current_only(two, began)
+    assert two.publish().control_calls <= 4 + 2
+    assert not two.failures
+    assert [what for what, _ in two.told] == ["admitted"] * 2 and two.sync.epoch == 2
+
+
+def other_bytes(two: Fleet) -> None:
+    two.files.call("corrupt", 1)
+    published = two.publish()
+    assert (published.resent_buckets, published.replicas, published.fenced) == (1, 2, 0)
+    two.files.call("corrupt", 2)
+    assert two.publish().resent_buckets == 2
+
+
+def a_killed_replica(two: Fleet) -> None:
+    before = two.sync.serving()
+    victim = before[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    published = two.publish()
+    assert published.replicas >= 1
+    began = time.monotonic()
+    two.wait_for_answers(began)
+    current_only(two, began)
+    after = two.sync.settle(60)
+    assert len(after) == 2 and len(pids(after) - pids(before)) == 1
+    assert ("fenced", victim.replica) in two.told
+    assert victim.replica not in {state.replica for state in after}
+
+
+def a_stopped_replica(two: Fleet) -> None:
+    before = two.sync.serving()
+    victim = before[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        published = two.publish()
+        assert time.monotonic() - began < TIMEOUT_S, "it is noticed in time"
+        assert (published.replicas, published.fenced) == (1, 1)
+        began = time.monotonic()
+        two.wait_for_answers(began)
+        current_only(two, began)
+        two.publish()
+    finally:
+        os.kill(victim.pid, signal.SIGCONT)
+    began = time.monotonic()
+    after = two.sync.settle(60)
+    assert pids(after) == pids(before), "it is admitted again"
+    two.wait_for_answers(time.monotonic(), 40)
+    current_only(two, began)
+
+
+def a_killed_store(two: Fleet) -> None:
+    (store,) = stores()
+    store.kill()
+    published = two.publish()
+    assert published.replicas == 2 and published.resent_buckets > 0
+    (other,) = stores()
+    assert other.pid != store.pid
+
+
+def all_killed(two: Fleet) -> None:
+    before = two.sync.serving()
+    for state in before:
+        os.kill(state.pid, signal.SIGKILL)
+    published = two.publish()
+    assert published.replicas >= 1, "it waited for a successor"
+    after = two.sync.settle(60)
+    assert len(pids(after) - pids(before)) == 2
+    began = time.monotonic()
+    two.wait_for_answers(began)
+    current_only(two, began)
