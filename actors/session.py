@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 from typing import Any
 
 from raygym.actors import cluster, serving
@@ -15,6 +17,8 @@ from raygym.actors.rollouts import Rollouts
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import RunConfig
 from raygym.rollout_state import RolloutState
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -117,17 +121,16 @@ class Session:
         freeze_past()
 
     def _stop(self) -> None:
-        if self._rollouts is not None:
-            self._rollouts.shutdown()
-        if self._nemo_gym is not None:
-            self._nemo_gym.shutdown()
-        if self._weights is not None:
-            self._weights.close()
-        if self._learners is not None:
-            self._learners.shutdown()
-        if self._deployed:
-            serving.undeploy(self._config.name)
-        cluster.disconnect()
+        parts = (self._rollouts, self._nemo_gym)
+        ends = [part.shutdown for part in parts if part is not None]
+        ends += [self._weights.close] if self._weights is not None else []
+        ends += [self._learners.shutdown] if self._learners is not None else []
+        ends += [partial(serving.undeploy, self._config.name)] if self._deployed else []
+        for end in (*ends, cluster.disconnect):
+            try:
+                end()
+            except Exception as error:  # it must not keep the others, nor hide why the run ended
+                logger.warning("a part of the session could not be ended: %s: %s", type(error).__name__, error)
 
 
 def _wait_deployed(deploying: Future[Any], timeout_s: float) -> Any:

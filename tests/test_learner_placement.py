@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
+from ray_nodes import more_nodes
 
 from raygym.actors import learner_group
 from raygym.actors.learner_group import LearnerError, LearnerGroup
@@ -38,35 +33,9 @@ def wait_until_free(count: float) -> None:
 @pytest.fixture(scope="module")
 def two_gpu_nodes(ray_cluster: None) -> Iterator[None]:
     """Two nodes that join the tests' cluster and leave it again."""
-    command = [
-        str(Path(sys.executable).parent / "ray"), "start", f"--address={ray.get_runtime_context().gcs_address}",
-        "--num-cpus=0", "--num-gpus=2", "--block", "--disable-usage-stats",
-    ]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    nodes: list[subprocess.Popen[bytes]] = []
-    before = sum(node["Alive"] for node in ray.nodes())
-    try:
-        for count in (2, 4):  # one after the other: two that start at once on one machine hinder each other
-            nodes.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
-            wait_until_free(count)
+    with more_nodes(2, "--num-cpus=0", "--num-gpus=2"):
+        wait_until_free(4)
         yield
-    finally:
-        for node in nodes:
-            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-                with suppress(psutil.NoSuchProcess):
-                    # A raylet that is asked to end says so to the cluster; one that is killed is missed a minute later,
-                    # and until then the tests that follow are given its node.
-                    process.terminate()
-        psutil.wait_procs([psutil.Process(node.pid) for node in nodes if psutil.pid_exists(node.pid)], timeout=30)
-        for node in nodes:
-            node.kill()
-            node.wait(timeout=60)
-        deadline = time.monotonic() + 120
-        while sum(node["Alive"] for node in ray.nodes()) > before:
-            assert time.monotonic() < deadline, "the nodes that were stopped are still there"
-            time.sleep(0.1)
 
 
 def config(**changes: Any) -> LearnerConfig:

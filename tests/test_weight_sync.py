@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
-from weight_files import ModelFiles, free_port
+import torch
+from weight_files import ModelFiles, changed_weights, free_port
 
 from raygym.config import LearnerConfig, PolicyConfig, SyncConfig
 from raygym.in_flight import OnUpdate
@@ -190,6 +191,15 @@ def connected(config: SyncConfig, learners: Any, engines: Engines) -> Iterator[W
         sync.close()
 
 
+@torch.no_grad()
+def logprobs_of(policy: Any, prompt: Int32Array, answer: Generation) -> Any:
+    """Of each token of the answer, under the policy."""
+    ids = torch.tensor([[*prompt.tolist(), *answer.token_ids.tolist()]])
+    logprobs = policy(ids).logits[0].log_softmax(-1)
+    places = range(len(prompt) - 1, ids.shape[1] - 1)
+    return np.asarray([logprobs[place, ids[0, place + 1]].item() for place in places], np.float32)
+
+
 def update_in_flight(engines: Engines, learners: Any) -> None:
     """With real weights: what each policy makes of the turns of the old version."""
 
@@ -318,6 +328,64 @@ class TestOneReplica:
     def test_learners_and_engine_agree_after_every_sync(self, one_tiny: Engines, ranks: int, stage: int) -> None:
         config = LearnerConfig(num_learners=ranks, lr=1e-2, deepspeed={"zero_optimization": {"stage": stage}})
         update_and_compare(one_tiny, config, syncs=2, then=update_in_flight if ranks == 1 else None)
+
+    def test_each_token_is_of_one_version(self, one_tiny: Engines) -> None:
+        """Turns at a high rate while versions change: the weights of the version that a token is said to be of, and no
+        other's, explain its logprob."""
+        import ray
+        from transformers import AutoModelForCausalLM
+
+        versions = 5
+        files = ModelFiles(one_tiny.model_dir)
+        made: list[tuple[Int32Array, Generation]] = []
+        done = threading.Event()
+
+        async def sample(number: int) -> None:
+            turn = 0
+            while not done.is_set():
+                turn += 1
+                (prompt,) = prompts(1, length=6, seed=1000 * number + turn)
+                sampling = Sampling(max_tokens=6, seed=turn)
+                made.append((prompt, await one_tiny.handle.generate.remote(prompt, sampling, f"m{number}-{turn}")))
+
+        async def sample_all() -> None:
+            await asyncio.gather(*(sample(number) for number in range(6)))
+
+        first = one_tiny.version + 1
+        with connected(SyncConfig(bucket_mib=1), files, one_tiny) as sync, ThreadPoolExecutor(1) as pool:
+            files.call("change", 0)
+            one_tiny.version += 1
+            sync.publish(one_tiny.version)
+            sampling = pool.submit(lambda: asyncio.run(sample_all()))
+            for number in range(1, versions):
+                time.sleep(0.5)
+                files.call("change", number)
+                one_tiny.version += 1
+                sync.publish(one_tiny.version)
+            time.sleep(0.5)
+            done.set()
+            sampling.result(60)
+        ray.kill(files.actor)
+
+        policy = AutoModelForCausalLM.from_pretrained(one_tiny.model_dir, dtype=torch.float32).eval()
+        original = {name: weight.clone() for name, weight in policy.state_dict().items()}
+        expected = []
+        for number in range(versions):
+            policy.load_state_dict(changed_weights(original, number))
+            expected.append([logprobs_of(policy, prompt, answer) for prompt, answer in made])
+        spanning = 0
+        for index, (_, answer) in enumerate(made):
+            by_version = np.stack([each[index] for each in expected])
+            explained = np.abs(by_version - answer.logprobs) < 1e-3
+            labels = answer.weight_versions - first
+            assert explained[labels, np.arange(len(labels))].all(), "its own version explains it"
+            unique = explained.sum(axis=0) == 1
+            assert (explained.argmax(axis=0) == labels)[unique].all(), "and no other one"
+            spanning += len(set(labels.tolist())) > 1
+        told_apart = np.mean([np.ptp(np.stack([each[i] for each in expected]), axis=0).min() for i in range(len(made))])
+        assert told_apart > 1e-3, "versions differ, or this would show nothing"
+        assert {int(v) - first for _, answer in made for v in answer.weight_versions} == set(range(versions))
+        assert spanning, "no turn ran while weights changed"
 
     def test_the_models_own_sampling_defaults_do_not_leak_in(self, one_tiny: Engines) -> None:
         body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 12, "return_token_ids": True}

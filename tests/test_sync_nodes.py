@@ -1,0 +1,66 @@
+"""Weights that travel between nodes: three raylets on this machine, simulated engines, no learner."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import pytest
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray_nodes import more_nodes
+from weight_files import ModelFiles, simulated_engines
+
+from raygym.actors.weight_sync import WeightSync
+from raygym.config import SyncConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_each_node_receives_once_and_one_that_is_lost_is_left_out(ray_cluster: None) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    told: list[tuple[str, str]] = []
+    with (
+        more_nodes(2, "--num-cpus=2") as (first, second),
+        simulated_engines("nodes", 4, turn_latency_s=0.05) as (handle, model_dir),
+    ):
+        files = ModelFiles(model_dir, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+        config = SyncConfig(lease_s=4, timeout_s=30, bucket_mib=1)
+        sync = WeightSync(config, cast(Any, files), handle, 4, 120.0, lambda what, name, why: told.append((what, name)))
+        try:
+            sync.connect()
+            nodes = {state.node for state in sync.serving()}
+            assert nodes & {first.node_id, second.node_id}, "Serve spreads replicas over the nodes"
+            for version in (1, 2):
+                files.call("change", version)
+                published = sync.publish(version)
+                assert (published.replicas, published.fenced, published.resent_buckets) == (4, 0, 0)
+                assert len({state.weights for state in sync.serving()}) == 1
+            others = len(nodes - {here})
+            assert published.control_calls == 1 + others + 4, "learner 0, the other nodes' stores, the replicas"
+            assert published.seconds["broadcast"] > 0
+
+            lost = first if first.node_id in nodes else second
+            lost.end()
+            files.call("change", 3)
+            published = sync.publish(3)
+            assert published.replicas >= 1
+            after = sync.settle(120)
+            assert len(after) == 4 and {state.weights.version for state in after} == {3}
+            assert lost.node_id not in {state.node for state in after}
+            files.call("change", 4)
+            began = time.monotonic()
+            assert sync.publish(4).replicas == 4
+            assert time.monotonic() - began < 20, "who is left has met again"
+
+            # A stopped member of the group blocks the broadcast until it is found out.
+            (other,) = {first, second} - {lost}
+            if other.node_id in {state.node for state in after}:
+                store = sync._stores._stores[other.node_id].actor  # type: ignore[union-attr]
+                ray.kill(store)
+                files.call("change", 5)
+                assert sync.publish(5).replicas >= 1
+                assert len(sync.settle(60)) == 4
+        finally:
+            sync.close()
+            ray.kill(files.actor)
