@@ -252,9 +252,15 @@ class LearnerActor:
         self._sender.join(group_name, world_size, timeout_s)
 
     def publish_weights(
-        self, manifest: Manifest, slot: int, buckets: Sequence[int], updates: int | None, timeout_s: float
+        self,
+        manifest: Manifest,
+        slot: int,
+        buckets: Sequence[int],
+        updates: int | None,
+        threshold: float | None,
+        timeout_s: float,
     ) -> SentVersion:
-        """Send buckets of the current weights; rank 0, and under ZeRO-3 all ranks at once.
+        """Send buckets of the current weights; rank 0, and under ZeRO-3 all ranks at once. See `WeightSender.send`.
 
         Raises:
             WeightsError: the weights are not those after so many `updates`.
@@ -265,7 +271,7 @@ class LearnerActor:
             take_part(manifest, self.iter_weights, buckets)
             return SentVersion()
         assert self._sender is not None, "open_slots() first"
-        sent = self._sender.send(manifest, self.iter_weights, slot, buckets, timeout_s)
+        sent = self._sender.send(manifest, self.iter_weights, slot, buckets, timeout_s, threshold)
         sent.updates = self._update.updates
         return sent
 

@@ -101,10 +101,16 @@ class LearnerGroup:
         return self.config.num_learners if self.config.zero_stage == 3 else 1
 
     def publish_weights(
-        self, manifest: Manifest, slot: int, buckets: Sequence[int], updates: int | None, timeout_s: float
+        self,
+        manifest: Manifest,
+        slot: int,
+        buckets: Sequence[int],
+        updates: int | None,
+        threshold: float | None,
+        timeout_s: float,
     ) -> SentVersion:
         """Rank 0 sends buckets of the current weights; see `LearnerActor.publish_weights`."""
-        arguments = (manifest, slot, buckets, updates, timeout_s)
+        arguments = (manifest, slot, buckets, updates, threshold, timeout_s)
         calls = [actor.publish_weights.remote(*arguments) for actor in self.actors[: self.weight_ranks]]
         sent: SentVersion = self._collect(calls, "publish_weights", timeout_s)[0]
         return sent

@@ -72,6 +72,7 @@ class StoreGroup:
         missing = {*nodes, self._sender_node} - set(self._stores)
         starting = {node: start_store(node, self._manifest) for node in missing}
         references = {node: actor.slots.remote() for node, actor in starting.items()}
+        self.calls += len(references)
         new: set[str] = set()
         # Learner 0's first: the others copy from it.
         for node in sorted(references, key=lambda node: node != self._sender_node):
@@ -79,6 +80,7 @@ class StoreGroup:
                 store = _Store(starting[node], *self._answer(references[node], _START_TIMEOUT_S))
                 if current is not None and node != self._sender_node:
                     source = self._stores[self._sender_node].actor
+                    self.calls += 1
                     self._answer(store.actor.pull.remote(source, current, self._timeout_s), self._timeout_s)
             except RayError as error:
                 ray.kill(starting[node])
@@ -91,13 +93,17 @@ class StoreGroup:
         self._open()
         return new
 
-    def send(self, slot: int, buckets: Sequence[int], updates: int | None = None) -> SentVersion:
+    def send(
+        self, slot: int, buckets: Sequence[int], updates: int | None = None, threshold: float | None = None
+    ) -> SentVersion:
         """Write buckets of the learners' weights into a slot of every store. Stores that are lost on the way drop out.
 
         Args:
             slot: which.
             buckets: numbers of those that are sent.
             updates: how many updates the weights must have seen; None: any number.
+            threshold: send what changed by more than this against the other slot; None: send everything. A second
+                attempt sends everything.
 
         Raises:
             LearnerError: a learner failed.
@@ -105,7 +111,7 @@ class StoreGroup:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self._regroup()
-                return self._send(slot, buckets, updates)
+                return self._send(slot, buckets, updates, threshold if attempt == 1 else None)
             except LearnerError as error:
                 if not _is_timeout(error) or attempt == _ATTEMPTS:
                     raise
@@ -117,6 +123,7 @@ class StoreGroup:
     def check(self) -> set[str]:
         """Drop the stores that do not answer; returns their nodes."""
         references = {node: store.actor.ping.remote() for node, store in self._stores.items()}
+        self.calls += len(references)
         done, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=_PING_TIMEOUT_S)
         lost = set()
         for node, reference in references.items():
@@ -135,9 +142,10 @@ class StoreGroup:
         for node in list(self._stores):
             self._drop(node)
 
-    def _send(self, slot: int, buckets: Sequence[int], updates: int | None) -> SentVersion:
-        receiving = [self._stores[node].actor.receive.remote(slot, buckets) for node in self._members]
-        sent = self._learners.publish_weights(self._manifest, slot, buckets, updates, self._timeout_s)
+    def _send(self, slot: int, buckets: Sequence[int], updates: int | None, threshold: float | None) -> SentVersion:
+        delta = threshold is not None
+        receiving = [self._stores[node].actor.receive.remote(slot, buckets, delta) for node in self._members]
+        sent = self._learners.publish_weights(self._manifest, slot, buckets, updates, threshold, self._timeout_s)
         self.calls += len(receiving) + self._learners.weight_ranks
         late = ray.wait(receiving, num_returns=len(receiving), timeout=self._timeout_s)[1] if receiving else []
         for node, reference in zip(self._members, receiving, strict=True):
@@ -184,8 +192,8 @@ class StoreGroup:
         if (store := self._stores.pop(node, None)) is not None:
             ray.kill(store.actor)
 
-    def _answer(self, reference: Any, timeout_s: float) -> Any:
-        self.calls += 1
+    @staticmethod
+    def _answer(reference: Any, timeout_s: float) -> Any:
         return ray.get(reference, timeout=timeout_s)
 
 

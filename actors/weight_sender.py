@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from raygym.actors.collective import CollectiveTimeout, broadcast_bytes, join_group, leave_group
+from raygym.delta_sending import encode_in_place
+from raygym.weight_delta import DeltaSummary, EncodedBucket, summarize
 from raygym.weight_slots import OpenSlots
 from raygym.weights import Bucket, Manifest, tensor_checksum
 
@@ -27,8 +29,16 @@ class SentVersion:
     """Of each tensor."""
     updates: int = 0
     """That the weights have seen."""
+    delta: list[EncodedBucket] = field(default_factory=list)
+    """By bucket, of a version that goes as what changed; without the data."""
+    sent_nbytes: int = 0
+    """Of them, to each other node."""
     seconds: dict[str, float] = field(default_factory=dict)
     """In `gather`, `write`, `checksum` and `broadcast`; the last two run beside the first two."""
+
+    def summary(self) -> DeltaSummary | None:
+        """Of a version that went as what changed."""
+        return replace(summarize(self.delta), nbytes=self.sent_nbytes) if self.delta else None
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -59,11 +69,25 @@ class WeightSender:
             self._group_name = group_name
 
     def send(
-        self, manifest: Manifest, iter_weights: IterWeights, slot: int, buckets: Sequence[int], timeout_s: float
+        self,
+        manifest: Manifest,
+        iter_weights: IterWeights,
+        slot: int,
+        buckets: Sequence[int],
+        timeout_s: float,
+        threshold: float | None = None,
     ) -> SentVersion:
         """Write the buckets of one version into `slot`, and send them to the other nodes' stores.
 
         The next bucket is gathered and written while the last one is summed up and sent.
+
+        Args:
+            manifest: what a version consists of.
+            iter_weights: how to get at the weights.
+            slot: which; the other one holds the current version.
+            buckets: numbers of those that are sent.
+            timeout_s: of all together.
+            threshold: what changed by more than this against the current version is sent; None: everything.
 
         Raises:
             CollectiveTimeout: a store is gone or late; all together may take `timeout_s`.
@@ -74,9 +98,13 @@ class WeightSender:
             waiting: list[Future[None]] = []
             for bucket in (manifest.buckets[number] for number in buckets):
                 self._write(data, manifest.dtype, bucket, iter_weights, sent)
+                if threshold is not None:
+                    payload = self._encode(manifest.dtype, slot, bucket, threshold, sent)
+                else:
+                    payload = [data[bucket.start : bucket.end]]
                 waiting.append(summing.submit(_sum_up, data, bucket, sent))
                 if self._group_name:
-                    waiting.append(sending.submit(self._broadcast, data, bucket, sent, deadline))
+                    waiting.append(sending.submit(self._broadcast, payload, sent, deadline))
                 for future in (future for future in waiting if future.done()):
                     future.result()  # an error is told before the next bucket
             for future in waiting:
@@ -98,11 +126,22 @@ class WeightSender:
         sent.seconds["write"] = sent.seconds.get("write", 0.0) + written_s
         sent.seconds["gather"] = sent.seconds.get("gather", 0.0) + time.monotonic() - started - written_s
 
-    def _broadcast(self, data: torch.Tensor, bucket: Bucket, sent: SentVersion, deadline: float) -> None:
+    def _encode(self, dtype: str, slot: int, bucket: Bucket, threshold: float, sent: SentVersion) -> list[torch.Tensor]:
+        """The length of the message, and the message."""
+        with sent.timed("encode"):
+            held, new = (self.slots.data(which)[bucket.start : bucket.end] for which in (1 - slot, slot))
+            encoded = encode_in_place(held, new, dtype, threshold)
+            sent.delta.append(replace(encoded, data=b""))
+            sent.sent_nbytes += len(encoded.data)
+            message = torch.frombuffer(bytearray(encoded.data), dtype=torch.uint8)
+            return [torch.tensor([len(message)]).view(torch.uint8), message]
+
+    def _broadcast(self, payload: list[torch.Tensor], sent: SentVersion, deadline: float) -> None:
         if time.monotonic() > deadline:
             raise CollectiveTimeout(f"group {self._group_name}: a version was not sent in time")
         with sent.timed("broadcast"):
-            broadcast_bytes(data[bucket.start : bucket.end], self._group_name)
+            for part in payload:
+                broadcast_bytes(part, self._group_name)
 
 
 def take_part(manifest: Manifest, iter_weights: IterWeights, buckets: Sequence[int]) -> None:

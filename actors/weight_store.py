@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygym.actors.collective import broadcast_bytes, join_group, leave_group
+from raygym.delta_sending import apply_to_copy
 from raygym.weight_slots import WeightSlots
-from raygym.weights import Manifest, safetensors_header
+from raygym.weights import Manifest, WeightsError, safetensors_header
 
+logger = logging.getLogger(__name__)
 # A receive may be hanging in a group of before while the next one is joined and somebody asks for a sign of life.
 _THREADS = 8
 _PULL_BYTES = 64 << 20
@@ -45,8 +48,14 @@ class WeightStore:
         join_group(group_name, rank, world_size, timeout_s)
         self._group = group_name
 
-    def receive(self, slot: int, buckets: Sequence[int]) -> None:
+    def receive(self, slot: int, buckets: Sequence[int], delta: bool = False) -> None:
         """Take these buckets of the next version from the group, each to its place.
+
+        Args:
+            slot: which; the other one holds the current version.
+            buckets: their numbers.
+            delta: they come as what has changed of the current version's. What is damaged leaves the bucket as it was,
+                which whoever reads it finds out by its checksum.
 
         Raises:
             CollectiveTimeout: the sender or another member is gone or late.
@@ -57,7 +66,18 @@ class WeightStore:
         data = torch.frombuffer(self._slots.data(slot), dtype=torch.uint8)
         for number in buckets:
             bucket = self._manifest.buckets[number]
-            broadcast_bytes(data[bucket.start : bucket.end], self._group)
+            if not delta:
+                broadcast_bytes(data[bucket.start : bucket.end], self._group)
+                continue
+            length = torch.empty(8, dtype=torch.uint8)
+            broadcast_bytes(length, self._group)
+            message = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
+            broadcast_bytes(message, self._group)
+            held, into = (self._slots.data(which)[bucket.start : bucket.end] for which in (1 - slot, slot))
+            try:
+                apply_to_copy(message.numpy().data, held, into, self._manifest.dtype)
+            except WeightsError as error:
+                logger.warning("bucket %d: %s", number, error)
 
     def read(self, slot: int, start: int, end: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A part of a slot's data, for the store of a node that came later."""

@@ -78,6 +78,8 @@ class WeightSync:
         self._stores: StoreGroup | None = None
         self._slot = 0
         self._updates = 0
+        self._since_whole = 0
+        """Versions since the last that was sent whole."""
         self._offer: VersionOffer | None = None
         # One at a time: a version that is sent, or replicas that catch up.
         self._lock = threading.Lock()
@@ -143,7 +145,9 @@ class WeightSync:
             started = time.monotonic()
             self._ensure_stores()
             slot = 1 - self._slot
-            sent = self._send(slot, self._buckets(None))
+            threshold = self._threshold()
+            sent = self._send(slot, self._buckets(None), None, threshold)
+            self._since_whole = 0 if threshold is None else self._since_whole + 1
             broadcasted = time.monotonic()
             self._slot, self._updates = slot, sent.updates
             offer = self._offer = self._offered(WeightsId(version, model_checksum(sent.checksums)), sent.checksums)
@@ -169,6 +173,9 @@ class WeightSync:
             resent_buckets=resent,
             control_calls=calls,
             seconds=seconds,
+            sent_nbytes=delta.nbytes if (delta := sent.summary()) else self._manifest.nbytes,
+            sent_share=delta.sent_share if delta else 1.0,
+            largest_error=delta.largest_error if delta else 0.0,
         )
 
     def serving(self) -> list[ReplicaState]:
@@ -215,9 +222,18 @@ class WeightSync:
     def _buckets(self, names: set[str] | None) -> list[int]:
         return list(range(len(self._manifest.buckets))) if names is None else buckets_of(self._manifest, names)
 
-    def _send(self, slot: int, buckets: list[int], updates: int | None = None) -> SentVersion:
+    def _send(
+        self, slot: int, buckets: list[int], updates: int | None = None, threshold: float | None = None
+    ) -> SentVersion:
         assert self._stores is not None
-        return self._stores.send(slot, buckets, updates)
+        return self._stores.send(slot, buckets, updates, threshold)
+
+    def _threshold(self) -> float | None:
+        """With `sync.mode: delta`, of the next version; None: it is sent whole."""
+        delta = self._config.delta
+        if delta is None or self._offer is None or self._since_whole + 1 >= delta.full_every:
+            return None
+        return delta.threshold
 
     def _update(self, offer: VersionOffer) -> tuple[_Outcome, int]:
         """Offer it to all replicas, and again what did not arrive whole; and how many buckets were sent again."""

@@ -183,6 +183,16 @@ class RolloutConfig(Section):
         return self
 
 
+class DeltaConfig(Section):
+    """What of new weights is sent with `sync.mode: delta`."""
+
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weights that changed by at most this much, absolute, stay as the engines have them; also after many versions none
+    is off by more. 0: whatever changed is sent, to the bit."""
+    full_every: PositiveInt = 16
+    """Each so-manieth version is sent whole."""
+
+
 class SyncConfig(Section):
     """How new weights reach the engines."""
 
@@ -192,6 +202,11 @@ class SyncConfig(Section):
     """A replica that the driver has not heard for so long takes no turns until it is sure to have current weights."""
     bucket_mib: PositiveInt = 128
     """Of weights that travel in one piece; the next one is gathered meanwhile."""
+    mode: Literal["full", "delta"] = "full"
+    """`full`: all weights of each version. `delta`: those that changed, as positions and values, where that is shorter.
+    It pays where few change: in 16 bits a small learning rate leaves most as they are, in float32 hardly any."""
+    delta: DeltaConfig | None = None
+    """Goes with `mode: delta`."""
     on_update: OnUpdate = "keep"
     """Turns that run when new weights come: `keep`, they go on with the new ones; `finish_turn`, they are waited for;
     `restart_turn`, they begin again with the new ones."""
@@ -199,6 +214,14 @@ class SyncConfig(Section):
     """What is sent of a policy with `learner.lora`: its weights with the adapters in them, so engines know of none."""
     finish_timeout_s: PositiveFloat = 30
     """With `finish_turn`, how long a turn is waited for; what then still runs is kept. A part of `timeout_s`."""
+
+    @model_validator(mode="after")
+    def _delta_has_its_mode(self) -> SyncConfig:
+        if self.mode == "full" and self.delta is not None:
+            raise ValueError("delta: has no meaning with sync.mode: full; expected mode: delta, or no section delta")
+        if self.mode == "delta" and self.delta is None:
+            object.__setattr__(self, "delta", DeltaConfig())  # frozen, but not yet anybody's
+        return self
 
     @model_validator(mode="after")
     def _finishes_in_time(self) -> SyncConfig:

@@ -81,6 +81,12 @@ def sync_metrics(published: Published) -> dict[str, float]:
     """Scalars of one version's way to the engines."""
     return {
         "sync/bytes": published.nbytes,
+        "sync/sent_bytes": published.sent_nbytes,
+        "sync/sent_share": published.sent_share,
+        "sync/largest_error": published.largest_error,
+        "sync/replicas": published.replicas,
+        "sync/fenced": published.fenced,
+        "sync/resent_buckets": published.resent_buckets,
         "sync/broadcast_s": published.broadcast_s,
         "sync/apply_s": published.apply_s,
         "sync/gib_per_s": published.nbytes / 2**30 / published.broadcast_s,

@@ -71,9 +71,15 @@ class Published:
     """That had arrived changed."""
     control_calls: int = 0
     """Remote calls of the driver."""
+    sent_nbytes: int = 0
+    """To each other node, or what would be sent to one; less than `nbytes` with `sync.mode: delta`."""
+    sent_share: float = 1.0
+    """Of the weights."""
+    largest_error: float = 0.0
+    """The most that a served weight differs from the learners', with `sync.delta.threshold` above 0."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Parts of the two above: of learner 0 `gather`, `write`, `checksum`, `broadcast`; of the slowest replica `verify`,
-    `load`."""
+    """Parts of the two above: of learner 0 `gather`, `write`, `encode`, `checksum`, `broadcast`; of the slowest replica
+    `verify`, `load`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raygym.config import ConfigError
+from raygym.config import ConfigError, DeltaConfig
 from raygym.config_file import dump_config, load_config, parse_config
 
 MINIMAL: dict[str, Any] = {
@@ -106,6 +106,12 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
             {"sync": {"on_update": "finish_turn"}, "rollout": {"turn_timeout_s": 25}},
             ["sync.finish_timeout_s", "rollout.turn_timeout_s (25)"],
         ),
+        ({"sync": {"mode": "sparse"}}, ["sync.mode", "'full' or 'delta'", "'sparse'"]),
+        ({"sync": {"delta": {"full_every": 4}}}, ["sync.delta", "sync.mode: full", "mode: delta"]),
+        ({"sync": {"mode": "delta", "delta": {"threshold": -1e-6}}}, ["sync.delta.threshold", "equal to 0"]),
+        ({"sync": {"mode": "delta", "delta": {"threshold": float("inf")}}}, ["sync.delta.threshold", "finite"]),
+        ({"sync": {"mode": "delta", "delta": {"full_every": 0}}}, ["sync.delta.full_every", "equal to 1"]),
+        ({"sync": {"mode": "delta", "delta": {"treshold": 0}}}, ["sync.delta.treshold", "unknown", "threshold"]),
         ({"envs": []}, ["envs", "at least 1"]),
         ({"envs": [{"id": "a"}, {"id": "a"}]}, ["envs", "name"]),
         ({"name": "a/b"}, ["name", "folder"]),
@@ -124,6 +130,14 @@ def test_bad_values_are_told_by_key(change: dict[str, Any], words: list[str]) ->
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_delta_has_defaults_and_is_written_as_it_is_read() -> None:
+    config = parse_config({**MINIMAL, "sync": {"mode": "delta"}})
+    assert config.sync.delta == DeltaConfig(threshold=0.0, full_every=16)
+    for again in (config, parse_config(MINIMAL)):
+        assert parse_config(yaml.safe_load(dump_config(again))) == again
+    assert parse_config(MINIMAL).sync.delta is None
 
 
 def test_one_learner_may_share_its_gpu() -> None:

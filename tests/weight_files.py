@@ -58,10 +58,10 @@ class ModelFiles:
                 self.sender.join(group, size, timeout_s)
 
             def publish_weights(
-                self, manifest: Manifest, slot: int, buckets: Any, updates: int | None, timeout_s: float
+                self, manifest: Manifest, slot: int, buckets: Any, updates: Any, threshold: Any, timeout_s: float
             ) -> Any:
                 named = lambda names: ((n, self.weights[n]) for n in names)  # noqa: E731
-                sent = self.sender.send(manifest, named, slot, buckets, timeout_s)
+                sent = self.sender.send(manifest, named, slot, buckets, timeout_s, threshold)
                 if self.corrupted:
                     self.corrupted -= 1
                     self.sender.slots.data(slot)[manifest.buckets[buckets[-1]].start] ^= 0x40
