@@ -188,7 +188,8 @@ def play(folder: Path, temporary: Path, seed: int, trouble: Trouble) -> Ended:
                 process.kill() if process.poll() is None and not lines else process.wait(60)
     left = leftovers(mark)
     left += [f"/dev/shm/{name}" for name in shared_memory() - before if name not in in_use()]
-    left += [str(entry) for entry in temporary.iterdir() if entry.name != "ray"]  # Ray keeps its logs
+    # Ray keeps its logs, and PyTorch a cache.
+    left += [str(entry) for entry in temporary.iterdir() if not entry.name.startswith(("ray", "torchinductor_"))]
     fired = Claims(claims_folder(plan)).fired()
     return Ended(folder / "runs/chaos", "".join(lines), process.returncode, fired, left)
 

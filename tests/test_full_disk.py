@@ -85,7 +85,7 @@ def test_it_does_not_wait_for_ever_nor_twice_in_vain() -> None:
         disk.write("metrics.jsonl", write)
     assert raised.value.__cause__ is None, "what is told is this, not what it came from"
     assert time.now == 60
-    with pytest.raises(DiskFull, match="no room for summary.json"):
+    with pytest.raises(DiskFull, match=r"no room for summary\.json"):
         disk.write("summary.json", write)
     assert time.now == 60 and not written
 
@@ -272,13 +272,8 @@ def test_a_runs_files_outlive_a_full_disk(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "t/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert len((tmp_path / "t/ledger.jsonl").read_text().splitlines()) == 5 * 3
-    assert {entry.name for entry in (tmp_path / "t/trajectories").iterdir()} == {
-        f"step_{n:06d}.jsonl" for n in rows_of(5)
-    }
-
-
-def rows_of(steps: int) -> range:
-    return range(1, steps + 1)
+    names = {entry.name for entry in (tmp_path / "t/trajectories").iterdir()}
+    assert names == {f"step_{step:06d}.jsonl" for step in range(1, 6)}
 
 
 @pytest.fixture
