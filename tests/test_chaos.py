@@ -13,8 +13,9 @@ import random
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 15
 SEEDS = range(50 if LONG else 5)
 FAULTS_A_RUN = 4
+DEADLINE_S = 500
+"""Of one run: it must end by itself long before."""
 _GANG = "raygym.supervision"
 """Restarts of the learner gang in place."""
 _SYNC = "raygym.lease"
@@ -169,23 +172,23 @@ def play(folder: Path, temporary: Path, seed: int, trouble: Trouble) -> Ended:
     plan, mark = folder / "plan.json", f"chaos-{temporary.name}"
     variables = environment(RAYGYM_TEST=mark, TMPDIR=str(temporary), **trouble.plan.environment(plan))
     before = shared_memory()
+    lines = []
     with subprocess.Popen(
         [*COMMAND, "train", str(ROOT / "configs/tiny.yaml"), *(f"{key}={value}" for key, value in settings.items())],
         cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
+    ) as process, ExitStack() as ends:  # fmt: skip
+        late = threading.Timer(DEADLINE_S, process.kill)
+        late.start()
+        ends.callback(late.cancel)
         assert process.stdout is not None
-        lines, monkey = [], None
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                if line.startswith("ready after") and trouble.strikes:  # before, a lost process is a failed start
-                    monkey = ChaosMonkey(
-                        process.pid, claims_folder(plan), seed=seed, kinds=trouble.kinds, actions=trouble.actions,
-                        every_s=(0.5, 4.0), strikes=trouble.strikes,
-                    ).__enter__()  # fmt: skip
-        finally:
-            with monkey or nullcontext():
-                process.kill() if process.poll() is None and not lines else process.wait(60)
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("ready after") and trouble.strikes:  # before, a lost process is a failed start
+                monkey = ChaosMonkey(
+                    process.pid, claims_folder(plan), seed=seed, kinds=trouble.kinds, actions=trouble.actions,
+                    every_s=(0.5, 4.0), strikes=trouble.strikes,
+                )  # fmt: skip
+                ends.enter_context(monkey)
     left = leftovers(mark)
     left += [f"/dev/shm/{name}" for name in shared_memory() - before if name not in in_use()]
     # Ray keeps its logs, and PyTorch a cache.
