@@ -46,7 +46,7 @@ class Session:
         self._rolling_out = rolling_out
         self._resumed = resumed
         self.port = port
-        self._deployed = False
+        self._deployed = self._stopped = False
         self._learners: LearnerGroup | None = None
         self._nemo_gym: NemoGym | None = None
         self._rollouts: Rollouts | None = None
@@ -115,6 +115,10 @@ class Session:
         freeze_past()
 
     def _stop(self) -> None:
+        # Once: after a start that failed nothing is there any more, and Ray would start another cluster to look for it.
+        if self._stopped:
+            return
+        self._stopped = True
         if self._rollouts is not None:
             self._rollouts.shutdown()
         if self._nemo_gym is not None:

@@ -165,6 +165,7 @@ def play(folder: Path, temporary: Path, seed: int, trouble: Trouble) -> Ended:
         "rollout.env_runners": 2,
         "rollout.max_staleness": trouble.max_staleness,
         "rollout.max_retries": 10,
+        "logging.tensorboard": "false",
         "checkpoint.every": trouble.checkpoint_every,
         "validation.tasks": 4,
         "validation.every": 5,
