@@ -12,12 +12,16 @@ from typing import Any
 import ray
 
 from raygym.config import ConfigError, HttpConfig
+from raygym.testing import chaos
 
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS`, or start one on this machine, which then ends with this process.
 
     Actors get the driver's working directory as a place to import environments from.
+
+    Raises:
+        ConfigError: RAYGYM_CHAOS names no plan of faults.
     """
     # Serve tells the driver about every start and stop; the console does that in fewer words.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -27,6 +31,9 @@ def connect() -> None:
         "logging_level": "ERROR",
         "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}},
     }
+    # Where faults are injected, in this machine's actors too.
+    chaos.load()
+    options["runtime_env"]["env_vars"] |= chaos.inherited()
     if os.environ.get("RAY_ADDRESS"):
         if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             # A submitted job brings its own working directory; its runtime_env may not be given twice.

@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.actors.weight_sender import SentVersion, WeightSender, take_part
 from raygym.config import LearnerConfig
 from raygym.deepspeed_options import offload_device, whole_config
+from raygym.full_disk import is_full
 from raygym.gradient_checkpointing import enable_gradient_checkpointing
 from raygym.learner_state import Gang, TrainState, load_learner_state, save_learner_state
 from raygym.lora import adapter_parameters, add_adapters, save_adapter, set_dropout, without_adapters
@@ -31,6 +32,7 @@ from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import Packing, choose_packing
 from raygym.policy_weights import policy_weights
+from raygym.testing import chaos
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats, PolicyUpdate, Reference
 from raygym.weight_slots import OpenSlots
@@ -169,7 +171,10 @@ class LearnerActor:
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
         """One step's optimizer updates; see `PolicyUpdate.run`. All ranks at once."""
-        return self._update.run(sequences)
+        chaos.at("learner.update.begin")
+        stats = self._update.run(sequences)
+        chaos.at("learner.update.end")
+        return stats
 
     def token_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
         """Logprobs of the trained tokens of this rank's share; see `PolicyUpdate.token_logprobs`. All ranks at once."""
@@ -193,6 +198,7 @@ class LearnerActor:
 
     def step(self, lr: float) -> float:
         """Of `TrainEngine`."""
+        chaos.at("learner.update.mid")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         norm: Tensor | None = None
@@ -292,11 +298,16 @@ class LearnerActor:
         for name, parameter in adapter_parameters(self.policy).items():
             with self._gathered([parameter]):
                 adapters[name] = parameter.detach().to("cpu", copy=True)
-        if self.rank == 0:
+        with self._others_wait():
+            if self.rank == 0:
+                self._write_hf(Path(path), state, adapters)
+
+    def _write_hf(self, final: Path, state: dict[str, Tensor], adapters: dict[str, Tensor]) -> None:
+        partial = final.with_name(final.name + ".partial")
+        try:
+            chaos.at("disk.policy")
             known = {name for name, _ in self.policy.named_parameters(remove_duplicate=False)}
             state |= {name: value.cpu() for name, value in self.policy.state_dict().items() if name not in known}
-            final = Path(path)
-            partial = final.with_name(final.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             self.policy.save_pretrained(partial, state_dict=state)
             AutoTokenizer.from_pretrained(self._model_dir).save_pretrained(partial)
@@ -305,11 +316,25 @@ class LearnerActor:
             if final.exists():
                 shutil.rmtree(final)
             partial.replace(final)
-        dist.barrier()
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def save_state(self, path: str) -> None:
         """Write weights, optimizer and random generators to the folder `path`, on rank 0's node. All ranks at once."""
-        save_learner_state(Path(path), self._train_state(), self._update.updates, self._gang())
+        chaos.at("learner.save_state")
+        with self._others_wait():
+            save_learner_state(Path(path), self._train_state(), self._update.updates, self._gang())
+
+    @contextmanager
+    def _others_wait(self) -> Iterator[None]:
+        """All ranks leave this when rank 0 has written its files, also where its disk was full: the gang goes on."""
+        try:
+            yield
+        except Exception as error:
+            if is_full(error):
+                dist.barrier()
+            raise
         dist.barrier()
 
     def load_state(self, path: str) -> None:

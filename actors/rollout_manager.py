@@ -26,6 +26,7 @@ from raygym.rollout_state import RolloutState
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
 from raygym.task_stream import Taken, TaskStream
 from raygym.tasks import TaskCursor
+from raygym.testing import chaos
 from raygym.types import EpisodeFailure, FailureKind, Group, Sampling, Task, Trajectory
 
 # An EnvRunner keeps the episode's own deadlines, and one that is stuck itself is noticed by its supervisor.
@@ -110,6 +111,7 @@ class RolloutManager:
         Raises:
             RolloutStopped: an environment or the engine fails always.
         """
+        chaos.at("manager.collect")
         collected = await self._wait(lambda: self._scheduler.collect_step(step))
         concurrency = self._control.take_mean() if self._control else self._scheduler.max_concurrent
         return replace(collected, loop_lag_ms=self._lag.take(), concurrency=concurrency)

@@ -42,7 +42,7 @@ def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_confi
 
 def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, resumed: ResumePoint | None) -> None:
     started = time.monotonic()
-    files = RunFiles(config, resumed)
+    files = RunFiles(config, resumed, console.line)
     console.line(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
     if files.moved_to is not None:
         console.line(f"an earlier run of this name is not gone on with and was moved to {files.moved_to}")

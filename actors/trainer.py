@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from raygym.actors.session import Session
@@ -25,6 +26,8 @@ from raygym.schedule import Collected, SchedulerState
 from raygym.types import Group, TrainSequence
 from raygym.validation import ValidationStream
 
+# The last checkpoint, on a full disk: each try writes all of it that there is room for.
+_RETRY_SAVING_EVERY_S = 5.0
 # What the live line says of the parts of a step.
 _DOING = {
     "generate": "collecting",
@@ -90,7 +93,7 @@ class Trainer:
             if self._alarms.stop is not None:
                 self._end(version, self._alarms.stop)
             if self._checkpoint_due(step + 1):
-                self._save(step + 1, self._last[0], session.rollouts.snapshot())
+                self._save(step + 1, self._last[0], session.rollouts.snapshot(), last=step + 1 == self._config.steps)
         return self._finish(version)
 
     def _begin(self) -> int:
@@ -135,7 +138,7 @@ class Trainer:
         rollouts = RolloutState(replace(scheduler, version=version))
         try:
             if version and version not in self._checkpoints.steps():
-                self._save(version, row, rollouts)
+                self._save(version, row, rollouts, last=True)
             self._finish(version)
         except Exception as error:  # the alarm is what has to be told
             self._console.line(f"after the alarm, the policy could not be saved or validated: {error}")
@@ -186,7 +189,16 @@ class Trainer:
         regular = options.every > 0 and step % options.every == 0
         return regular or (options.save_final and step == self._config.steps)
 
-    def _save(self, step: int, row: Row, rollouts: RolloutState) -> None:
+    def _save(self, step: int, row: Row, rollouts: RolloutState, *, last: bool) -> None:
+        """Make the checkpoint of a step. On a full disk, the last one waits for room; others leave it to the next."""
+        what, disk = f"checkpoint {self._checkpoints.path_of(step).name}", self._files.disk
+        saving = partial(self._write_checkpoint, step, row, rollouts)
+        if last:
+            disk.write(what, saving, _RETRY_SAVING_EVERY_S)
+        else:
+            disk.attempt(what, saving, "the run goes on, and the next checkpoint is tried when it is due")
+
+    def _write_checkpoint(self, step: int, row: Row, rollouts: RolloutState) -> None:
         """Make the checkpoint of a step, which a validation of its policy may be playing meanwhile.
 
         The ledger has the step by now. So a kill before the end of this leaves lines of steps that will be made again,
@@ -195,11 +207,11 @@ class Trainer:
         session, path = self._session, self._checkpoints.path_of(step)
         with self._timed("checkpoint"), self._console.phase(f"saving {path}"):
             self._files.sync()
-            with self._checkpoints.writing(step, self._config.model_dump(mode="json")) as partial:
-                state = partial / "training_state"
-                session.learners.save_hf(str(partial.resolve()))
+            with self._checkpoints.writing(step, self._config.model_dump(mode="json")) as folder:
+                state = folder / "training_state"
+                session.learners.save_hf(str(folder.resolve()))
                 session.learners.save_state(str(state.resolve()))
-                require_shared(partial, ("config.json", "training_state/learner.json"))
+                require_shared(folder, ("config.json", "training_state/learner.json"))
                 save_run_state(state, rollouts, row, self._validation.due(step))
             self._checkpoints.retain(self._files.scores)
 

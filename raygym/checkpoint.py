@@ -18,6 +18,7 @@ from typing import Any
 
 from raygym.durable import replace_durably, sync_file, sync_tree
 from raygym.file_manifest import DamagedFolderError, check_files, read_manifest, write_manifest
+from raygym.testing import chaos
 
 FORMAT = 1
 """Of what is in a checkpoint; one of another format is skipped."""
@@ -100,6 +101,7 @@ class CheckpointStore:
         partial.mkdir()
         try:
             yield partial
+            chaos.at("disk.checkpoint")
             write_manifest(partial, {"format": FORMAT, "step": step, "config": dict(config)})
             sync_tree(partial)
             if final.exists():
@@ -107,6 +109,8 @@ class CheckpointStore:
                 final.rename(replaced)
             partial.rename(final)
         except BaseException:
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
             shutil.rmtree(partial, ignore_errors=True)
             raise
         sync_file(self.path)

@@ -265,6 +265,8 @@ class LoggingConfig(Section):
 
     tensorboard: bool = True
     trajectories: bool = True
+    disk_wait_s: NonNegativeFloat = 300
+    """On a full disk, how long a line waits for room before the run ends. A checkpoint that finds none is left out."""
 
 
 class RunConfig(Section):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from raygym.testing import chaos
+
 
 def sync_file(path: Path) -> None:
     """Return when the file's bytes, or the folder's list of names, are on the disk."""
@@ -26,7 +28,12 @@ def sync_tree(path: Path) -> None:
 def replace_durably(path: Path, data: bytes) -> None:
     """Write `path` so that whoever reads it, after whatever happened, finds the old file or the new one."""
     new = path.with_name(f"{path.name}.new")
-    new.write_bytes(data)
-    sync_file(new)
-    new.replace(path)
+    try:
+        chaos.at("disk.replace")
+        new.write_bytes(data)
+        sync_file(new)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     sync_file(path.parent)

@@ -19,6 +19,7 @@ import gymnasium
 
 from raygym.env import EnvError, StepResult, env_tools, parse_reset, parse_step
 from raygym.memory_limit import allow_stacks
+from raygym.testing import chaos
 from raygym.types import EpisodeFailure, FailureKind, Message, Task
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,7 @@ class EnvHost:
             self._env.close()
 
     async def _step(self, env: gymnasium.Env[Any, Any], action: Message) -> StepResult:
+        chaos.at("env.step")
         return parse_step(await self._call(partial(env.step, action), self._worker))
 
     async def _call(self, method: Callable[[], Any], worker: _Worker) -> Any:

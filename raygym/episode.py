@@ -18,6 +18,7 @@ from raygym.engine import NO_LOGPROB
 from raygym.env import StepResult, components_problem
 from raygym.env_host import DeadlineMissed, Host, within
 from raygym.tasks import turn_seed
+from raygym.testing import chaos
 from raygym.types import (
     EpisodeFailure,
     EpisodeStatus,
@@ -189,6 +190,7 @@ async def _play(
         answered = time.monotonic()
         action = renderer.assistant_message(generation.token_ids, f"c{turn:07d}")
         record.add_generation(prompt, generation, action)
+        chaos.at("episode.step")
         step = await host.step(copy.deepcopy(action), at_most(limits.step_timeout_s))
         record.add_step(step, generation, answered - asked, time.monotonic() - answered)
         if step.terminated or step.truncated:

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from raygym.testing import chaos
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 _INDEX = "learner.json"
@@ -98,6 +100,9 @@ def save_learner_state(folder: Path, state: TrainState, updates: int, gang: Gang
         updates: optimizer updates that were made, by which the learning rate goes.
         gang: of all ranks.
         shard_bytes: size of a file, unless a single tensor is larger.
+
+    Raises:
+        OSError: on rank 0, what it wrote was refused. All ranks have made their collective calls by then.
     """
     writer = _ShardWriter(folder, shard_bytes) if gang.rank == 0 else None
     for name in state.shapes():
@@ -168,12 +173,12 @@ class _ShardWriter:
     """Collects tensors until a file is full."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._shard_bytes = shard_bytes
         self._files: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         self._bytes = self._shards = 0
+        self._refused: Exception | None = None
 
     def add(self, name: str, value: Tensor) -> None:
         if self._tensors and self._bytes + value.nbytes > self._shard_bytes:
@@ -182,13 +187,21 @@ class _ShardWriter:
         self._bytes += value.nbytes
 
     def close(self) -> dict[str, str]:
-        """Name -> file of every tensor."""
+        """Name -> file of every tensor. Raises what the disk refused before, when other ranks waited for this one."""
         self._flush()
+        if self._refused is not None:
+            raise self._refused
         return self._files
 
     def _flush(self) -> None:
         file = f"learner-{self._shards:05d}.safetensors"
-        save_file(self._tensors, self._folder / file)
+        try:
+            if self._refused is None:
+                chaos.at("disk.learner_state")
+                self._folder.mkdir(parents=True, exist_ok=True)
+                save_file(self._tensors, self._folder / file)
+        except (OSError, SafetensorError) as error:
+            self._refused = error
         self._files |= dict.fromkeys(self._tensors, file)
         self._tensors, self._bytes = {}, 0
         self._shards += 1

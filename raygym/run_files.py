@@ -15,6 +15,7 @@ from raygym.checkpoint import CheckpointStore
 from raygym.config import RunConfig
 from raygym.config_file import dump_config
 from raygym.durable import sync_file
+from raygym.full_disk import DiskPatience, append_whole
 from raygym.histogram import Histogram
 from raygym.resume import ResumePoint, checkpoint_store
 from raygym.run_cut import cut_lines, discard_folder, move_into
@@ -44,13 +45,19 @@ class HeldRow:
 class RunFiles:
     """The writer of one run's directory. Every line is flushed: a killed run loses nothing that was reported."""
 
-    def __init__(self, config: RunConfig, resumed: ResumePoint | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        resumed: ResumePoint | None = None,
+        told: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Create the directory, or go on in it.
 
         Args:
             config: the run's.
             resumed: where the run goes on; what it had done after that is cut off and kept in `discarded/`. Without it,
                 an earlier run of the same name is moved aside, never overwritten.
+            told: gets lines for a person, from any thread: what waits for room on a full disk.
         """
         self.path = config.run_dir
         self.moved_to: Path | None = None
@@ -59,6 +66,9 @@ class RunFiles:
         """Where that is which was cut off."""
         self.scores: dict[int, float] = {}
         """By step, `checkpoint.best_metric` of each row that has it."""
+        self.disk = DiskPatience(config.logging.disk_wait_s, told)
+        """By which everything is written, once the run has begun."""
+        self._told = told
         self._best_metric = config.checkpoint.best_metric
         self._rows: dict[int, Row] = {}
         if resumed is None:
@@ -98,12 +108,11 @@ class RunFiles:
         if isinstance(score := row.get(self._best_metric), int | float):
             self.scores[step] = float(score)
         if self._tensorboard is not None:
-            for name, value in row.items():
-                if isinstance(value, Histogram):
-                    _add_histogram(self._tensorboard, name, value, step)
-                elif value is not None and not isinstance(value, str):
-                    self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            try:
+                _show_row(self._tensorboard, step, row)
+            except OSError as error:
+                self._tensorboard = None
+                self._told(f"TensorBoard's files cannot be written ({error}) and end here; metrics.jsonl has all rows")
 
     def sync(self) -> None:
         """What was written of the steps is on the disk: a checkpoint may be made that takes it for granted."""
@@ -178,14 +187,14 @@ class RunFiles:
         ]
         self._append("ledger.jsonl", *trained, *dropped)
         # Whole or not at all: whoever goes on from it must not find half of it.
-        write_whole(self.path / "scheduler.json", json.dumps(collected.state.to_json()) + "\n")
+        self._write_whole(self.path / "scheduler.json", json.dumps(collected.state.to_json()) + "\n")
 
     def alarm(self, step: int, alarm: Alarm, metrics: Mapping[str, float], collected: Collected) -> Path:
         """Keep a step at which something went wrong, whatever `logging.trajectories` says; returns the folder."""
         folder = self.path / "alarms" / f"step_{step:06d}_{alarm.name}"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.disk.write(str(folder), lambda: folder.mkdir(parents=True, exist_ok=True))
         records = [trajectory_record(t) for group in collected.groups for t in group.trajectories]
-        write_whole(folder / "trajectories.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        self._write_whole(folder / "trajectories.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         found = {
             "step": step,
             "alarm": alarm.name,
@@ -193,23 +202,29 @@ class RunFiles:
             "reason": alarm.reason,
             "metrics": json_row(metrics),
         }
-        write_whole(folder / "alarm.json", json.dumps(found, indent=2) + "\n")
+        self._write_whole(folder / "alarm.json", json.dumps(found, indent=2) + "\n")
         return folder
 
     def summary(self, result: Mapping[str, Any]) -> None:
         """Write summary.json, the run's end."""
-        (self.path / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        self._write_whole(self.path / "summary.json", json.dumps(result, indent=2) + "\n")
 
     def close(self) -> None:
         """Write the row that is still held, as it is; flush and close TensorBoard's file."""
-        if self._held is not None:
-            self._held.write()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        try:
+            if self._held is not None:
+                self._held.write()
+        finally:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def _append(self, name: str, *records: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        path = self.path / name
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        self.disk.write(str(path), lambda: append_whole(path, data))
+
+    def _write_whole(self, path: Path, text: str) -> None:
+        self.disk.write(str(path), lambda: write_whole(path, text))
 
 
 def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
@@ -260,6 +275,15 @@ def move_aside(path: Path) -> Path | None:
         target = path.with_name(f"{path.name}.{stamp}-{suffix}")
     path.rename(target)
     return target
+
+
+def _show_row(tensorboard: Any, step: int, row: Row) -> None:
+    for name, value in row.items():
+        if isinstance(value, Histogram):
+            _add_histogram(tensorboard, name, value, step)
+        elif value is not None and not isinstance(value, str):
+            tensorboard.add_scalar(name, value, step)
+    tensorboard.flush()
 
 
 def _add_histogram(tensorboard: Any, name: str, histogram: Histogram, step: int) -> None:

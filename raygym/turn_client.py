@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from raygym.frames import Frames, Soon
+from raygym.testing import chaos
 from raygym.turn_batch import TurnRequest, pack_turns, unpack_answers
 from raygym.turn_server import TurnAddress
 from raygym.types import EpisodeFailure, FailureKind, Generation
@@ -69,6 +70,7 @@ class TurnClient(Frames):
         if self.transport is None or self.transport.is_closing():
             raise self._gone()
         future: asyncio.Future[Generation] = loop.create_future()
+        chaos.at("turn.ask")
         self._futures[request.number] = future
         self._unsent.append(request)
         self._flush()
@@ -84,6 +86,7 @@ class TurnClient(Frames):
 
     def received(self, frame: bytes) -> None:
         """Answers, or a sign of life."""
+        chaos.at("turn.answer")
         self._asked_s = None
         if not frame:
             return

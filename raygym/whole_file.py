@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from raygym.testing import chaos
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `path` so that a reader, or a kill, finds the old file or the new one."""
+    """Write `path` so that a reader, or a kill, finds the old file or the new one; after an error, the old one."""
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    try:
+        chaos.at("disk.replace")
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise

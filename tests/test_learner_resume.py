@@ -9,7 +9,11 @@ import torch
 from test_learner import assert_updated_alike, config, learners, model_dir, sequences, whole_weights
 from tiers import only_long
 
+from raygym.actors import learner_group
+from raygym.actors.learner_group import LearnerError
+from raygym.full_disk import is_full
 from raygym.learner_config import LoraConfig
+from raygym.testing.chaos import Fault, Plan
 from raygym.types import TrainSequence
 
 __all__ = ["model_dir", "sequences"]
@@ -160,3 +164,28 @@ def test_a_state_of_another_policy_fails_on_all_ranks_at_once(
         pytest.raises(Exception, match=r"learner state in .*nowhere cannot be used"),
     ):
         group.load_state(str(tmp_path / "nowhere"))
+
+
+def test_a_gang_whose_disk_is_full_goes_on(
+    ray_cluster: None,
+    model_dir: Path,
+    sequences: list[TrainSequence],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 1 waits for rank 0's files, and must not wait for ever when there are none."""
+    full = [Fault(point, "fill_disk", hit=1, hits=1) for point in ("disk.policy", "disk.learner_state")]
+    variables = Plan(tuple(full)).environment(tmp_path / "plan.json")
+    usual = learner_group.rank_environment
+    monkeypatch.setattr(learner_group, "rank_environment", lambda *args: usual(*args) | variables)
+    with learners(config(0, 2), model_dir) as group:
+        group.update(sequences)
+        for save, name in ((group.save_hf, "policy"), (group.save_state, "state")):
+            with pytest.raises(LearnerError, match="learner rank 0 of 2 failed") as raised:
+                save(str(tmp_path / name))
+            assert is_full(raised.value)
+            assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(name)]
+            save(str(tmp_path / name))
+        group.update(sequences)
+        group.load_state(str(tmp_path / "state"))
+    assert (tmp_path / "policy/config.json").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -89,7 +90,7 @@ class Everything:
 
 
 def trained(
-    tmp_path: Path, everything: Everything, every: int, **alarms: Any
+    tmp_path: Path, everything: Everything, every: int, checkpoint_every: int = 20, **alarms: Any
 ) -> tuple[RunFiles, Callable[[], dict[str, Any]]]:
     config: RunConfig = parse_config(
         {
@@ -101,6 +102,7 @@ def trained(
             "validation": {"tasks": 2, "every": every},
             "logging": {"tensorboard": False, "trajectories": False},
             "alarms": alarms,
+            "checkpoint": {"every": checkpoint_every},
         }
     )
     files = RunFiles(config)
@@ -199,3 +201,31 @@ def test_an_alarm_that_warns_ends_nothing(tmp_path: Path) -> None:
     assert run()["policy_version"] == 3
     assert [row.get("alarms/logprob_drift") for row in rows(files)] == [None, None, 1, None]
     assert [path.name for path in (files.path / "alarms").iterdir()] == ["step_000002_logprob_drift"]
+
+
+class NoRoom(Everything):
+    """Learners whose first save finds the disk full, and so does that of the last step, twice."""
+
+    def save_hf(self, path: str) -> None:
+        super().save_hf(path)
+        self.saves.append(self.version)
+        if self.saves in ([1], [1, 2, 3], [1, 2, 3, 3]):
+            raise RuntimeError("learner rank 0 of 2 failed in save_hf") from OSError(errno.ENOSPC, "No space left")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saves: list[int] = []
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raygym.actors.trainer._RETRY_SAVING_EVERY_S", 0.01)
+    everything = NoRoom()
+    files, run = trained(tmp_path, everything, every=0, checkpoint_every=1)
+    summary = run()
+    assert everything.saves == [1, 2, 3, 3, 3], "no second try but of the last one"
+    assert [entry.name for entry in sorted((files.path / "checkpoints").iterdir()) if entry.is_dir()] == [
+        "step_000002",
+        "step_000003",
+    ]
+    assert summary["checkpoint"].endswith("step_000003")
+    assert ledger_steps(files) == {1, 2, 3} and [row["step"] for row in rows(files)] == [0, 1, 2, 3]
