@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import ExitStack
 from typing import Any
 
 from raygym.actors import cluster, serving
+from raygym.actors.app_guard import AppGuard
 from raygym.actors.learner_group import LearnerGroup
 from raygym.actors.nemo_gym import NemoGym
 from raygym.actors.process import freeze_past
@@ -46,7 +48,7 @@ class Session:
         self._rolling_out = rolling_out
         self._resumed = resumed
         self.port = port
-        self._deployed = False
+        self._app_guard: AppGuard | None = None
         self._learners: LearnerGroup | None = None
         self._nemo_gym: NemoGym | None = None
         self._rollouts: Rollouts | None = None
@@ -78,20 +80,20 @@ class Session:
     def __enter__(self) -> Session:
         try:
             self._start()
-        except BaseException:
-            self._stop()
+        except BaseException as error:
+            self._stop(error)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop()
+    def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
+        self._stop(error)
 
     def _start(self) -> None:
         config = self._config
         cluster.connect()
         # Engines and learners load side by side: each spends most of its start importing and reading files.
         pool = ThreadPoolExecutor(1)
-        self._deployed = True
+        self._app_guard = AppGuard(serving.app_name(config.name), on_own_cluster=cluster.is_own())
         front = serving.front_options(config)
         deploying = pool.submit(serving.deploy, config.name, config.policy, self._model_dir, self.port, front)
         pool.shutdown(wait=False)
@@ -114,16 +116,21 @@ class Session:
             self._weights.connect()
         freeze_past()
 
-    def _stop(self) -> None:
-        if self._rollouts is not None:
-            self._rollouts.shutdown()
-        if self._nemo_gym is not None:
-            self._nemo_gym.shutdown()
-        if self._learners is not None:
-            self._learners.shutdown()
-        if self._deployed:
-            serving.undeploy(self._config.name)
-        cluster.disconnect()
+    def _stop(self, error: BaseException | None) -> None:
+        """End all of it, the last first; whatever becomes of one, the next is ended. A second time, nothing is left.
+
+        A second interrupt skips what is being waited for: the cluster's end, or that of our job, ends it as well.
+        """
+        with ExitStack() as stack:
+            # The logs of a run that failed may say why.
+            failed = error is not None and not isinstance(error, KeyboardInterrupt)
+            stack.callback(cluster.disconnect, keep_logs=failed)
+            if self._app_guard is not None:
+                stack.callback(self._app_guard.undeploy, self._config.name)
+            for part in (self._learners, self._nemo_gym, self._rollouts):
+                if part is not None:
+                    stack.callback(part.shutdown)
+            self._app_guard = self._learners = self._nemo_gym = self._rollouts = None
 
 
 def _wait_deployed(deploying: Future[Any], timeout_s: float) -> Any:
