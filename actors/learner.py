@@ -159,7 +159,13 @@ class LearnerActor:
         return reference
 
     def _load_policy(self) -> Any:
-        policy: Any = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))
+        policy: Any = AutoModelForCausalLM.from_pretrained(
+            self._model_dir,
+            dtype=getattr(torch, self.config.dtype),
+            # A policy's folder is data: no code that came with it, and no pickle.
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
         # eval: dropout would make the learner's logprobs differ from the engines'.
         return policy.to(self._device).eval()
 

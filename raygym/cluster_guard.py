@@ -47,15 +47,18 @@ def main(root: Path, driver: int, grace_s: float, known: Collection[str]) -> Non
     # Nothing comes when the driver was killed: its logs may say why.
     order = os.read(sys.stdin.fileno(), 1) or KEEP_LOGS
     for name in sorted(sessions_of(root, driver) - set(known)):
-        end_writers(root / name, grace_s)
+        end_writers(root / name, grace_s, driver)
         clear(root / name, keep_logs=order == KEEP_LOGS)
     forget_old(root)
 
 
-def end_writers(folder: Path, grace_s: float) -> None:
-    """Wait `grace_s` for the processes that write below `folder`, then kill those that are left."""
+def end_writers(folder: Path, grace_s: float, driver: int) -> None:
+    """Wait `grace_s` for the processes that write below `folder`, then kill those that are left.
+
+    The driver is spared, which may go on: Ray keeps the driver's own log open.
+    """
     started = time.monotonic()
-    while (found := writers(folder)) and time.monotonic() - started < grace_s + _GIVE_UP_S:
+    while (found := set(writers(folder)) - {driver}) and time.monotonic() - started < grace_s + _GIVE_UP_S:
         if time.monotonic() - started >= grace_s:
             for pid in found:
                 with suppress(ProcessLookupError, PermissionError):

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from raygym.cluster_guard import KEEP_LOGS, KEPT, REMOVE, clear, forget_old, ses
 
 # Writes a log as Ray's processes do, and does not end by itself.
 WRITER = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'a'); f = open(sys.argv[1], 'a'); print(flush=True); time.sleep(60)"  # noqa: E501
+DRIVER = "import sys, time; print(flush=True); f = open(input(), 'a'); print(flush=True); time.sleep(60)"
 READER = "import sys, time; f = open(sys.argv[1]); print(flush=True); time.sleep(60)"
 
 
@@ -32,7 +34,8 @@ def session(root: Path, pid: int, time_of_day: str = "10-00-00_000000") -> Path:
 
 
 def process(program: str, log: Path) -> subprocess.Popen[bytes]:
-    started = subprocess.Popen([sys.executable, "-I", "-S", "-c", program, str(log)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-I", "-S", "-c", program, str(log)]
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert started.stdout is not None
     started.stdout.readline()  # the file is open
     return started
@@ -62,31 +65,48 @@ def test_who_only_reads_a_log_is_none_of_the_clusters(tmp_path: Path) -> None:
             each.wait()
 
 
+@pytest.fixture
+def start() -> Iterator[Callable[[str, Path], subprocess.Popen[bytes]]]:
+    """Starts programs, which are ended after the test."""
+    with ExitStack() as stack:
+
+        def started(program: str, log: Path) -> subprocess.Popen[bytes]:
+            begun = stack.enter_context(process(program, log))
+            stack.callback(begun.kill)
+            return begun
+
+        yield started
+
+
 @pytest.mark.parametrize("order", [REMOVE, KEEP_LOGS, b""])
-def test_at_every_end_of_the_driver(order: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_every_end_of_the_driver(
+    order: bytes, tmp_path: Path, start: Callable[[str, Path], subprocess.Popen[bytes]]
+) -> None:
     """`b""`: the pipe is closed without a word, as by a kill -9."""
-    old = session(tmp_path, 7, "09-00-00_000000")
-    command = [sys.executable, "-I", "-S", cluster_guard.__file__, str(tmp_path), "7", "0.3", old.name]
+    driver = start(DRIVER, tmp_path)
+    old = session(tmp_path, driver.pid, "09-00-00_000000")
+    command = [sys.executable, "-I", "-S", cluster_guard.__file__, str(tmp_path), str(driver.pid), "0.3", old.name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as guard:
-        ours, others = session(tmp_path, 7), session(tmp_path, 77)
+        ours, others = session(tmp_path, driver.pid), session(tmp_path, 77)
         (tmp_path / "session_latest").symlink_to(ours)
-        writer, reader = process(WRITER, ours / "logs" / "w"), process(READER, ours / "logs" / "raylet.out")
-        try:
-            wait_until_deaf(guard.pid)
-            guard.send_signal(signal.SIGINT)
-            time.sleep(0.1)
-            assert guard.poll() is None
-            assert ours.exists()
-            assert guard.stdin is not None
-            guard.stdin.write(order)
-            guard.stdin.close()
-            assert writer.wait(timeout=30) == -signal.SIGKILL
-            assert guard.wait(timeout=30) == 0
-            assert reader.poll() is None
-        finally:
-            for each in (writer, reader):
-                each.kill()
-                each.wait()
+        assert driver.stdin is not None and driver.stdout is not None
+        driver.stdin.write(f"{ours}/logs/driver.log\n".encode())
+        driver.stdin.flush()
+        driver.stdout.readline()
+        writer, reader = start(WRITER, ours / "logs" / "w"), start(READER, ours / "logs" / "raylet.out")
+        assert sorted(writers(ours)) == sorted([driver.pid, writer.pid])
+        wait_until_deaf(guard.pid)
+        guard.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert guard.poll() is None
+        assert (ours / "sockets").exists()
+        assert guard.stdin is not None
+        guard.stdin.write(order)
+        guard.stdin.close()
+        assert writer.wait(timeout=30) == -signal.SIGKILL
+        assert guard.wait(timeout=30) == 0
+    assert reader.poll() is None
+    assert driver.poll() is None, "it may go on, with its own log open"
     assert (old / "sockets").is_dir(), "another process had this id before"
     assert (others / "sockets").is_dir()
     if order == REMOVE:
