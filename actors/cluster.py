@@ -75,7 +75,7 @@ def connect() -> None:
     """Join the cluster of `RAY_ADDRESS`, or start one on this machine, which then ends with this process.
 
     Actors get the driver's working directory as a place to import environments from. A cluster of our own listens on
-    the loopback interface alone, and asks for Ray's token, which is Ray's default, unless the user has set RAY_AUTH_MODE.
+    the loopback interface alone, and asks for Ray's token (Ray's default) unless the user has set RAY_AUTH_MODE.
     """
     global _own, _logs
     # Serve tells the driver about every start and stop; the console does that in fewer words.

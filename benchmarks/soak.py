@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--sample-every", type=float, default=10.0, metavar="S", help="default: 10")
     parser.add_argument("--victims", default=",".join(VICTIMS), help=f"default: {','.join(VICTIMS)}; empty: none")
     parser.add_argument("--learners", type=int, default=1, help="default: 1")
-    parser.add_argument("--warm-up", type=float, default=0.2, metavar="F", help="part that is not fitted (default: 0.2)")
+    parser.add_argument(
+        "--warm-up", type=float, default=0.2, metavar="F", help="part that is not fitted (default: 0.2)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     victims = [kind for kind in options.victims.split(",") if kind]
@@ -63,7 +65,9 @@ def main() -> None:
     for name, (slope,) in slopes.items():
         print(f"  {name:<32} {slope:+12.2f}   last {samples[-1][1].get(name.removesuffix('_per_hour'), 0):.0f}")
     details = {"minutes": options.minutes, "steps": steps, "faults": faults}
-    report("soak", slopes, **details, config=f"tiny, simulated engines, 2 replicas, 2 runners, {options.learners} learners")
+    report(
+        "soak", slopes, **details, config=f"tiny, simulated engines, 2 replicas, 2 runners, {options.learners} learners"
+    )
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Ray leaves its session directory behind at every end, and a few of its processes for a while where the driver is killed.
 This process, which needs the standard library only, waits for one byte on standard input, a pipe from the driver, or
-for the driver's death. Then it ends what still writes below the session's directory, and removes that: all of it, or all but the logs.
+for the driver's death. Then it ends what still writes below the session's directory, and removes that: all of it, or
+all but the logs.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def writers(folder: Path) -> list[int]:
 def _writes_below(folder: Path, process: Path) -> bool:
     for descriptor in os.scandir(process / "fd"):
         with suppress(FileNotFoundError):  # closed meanwhile
-            if os.readlink(descriptor.path).startswith(f"{folder}/") and os.lstat(descriptor.path).st_mode & stat.S_IWUSR:
+            if (
+                os.readlink(descriptor.path).startswith(f"{folder}/")
+                and os.lstat(descriptor.path).st_mode & stat.S_IWUSR
+            ):
                 return True
     return False
 

@@ -34,8 +34,9 @@ class StartedRun:
         self.folder = folder
         self.shared_memory = set(os.listdir(SHARED_MEMORY))
         self.output = ""
-        # Ray's own times for its start are short on a machine that tests share.
+        # The times that Ray and Serve give to their own start are short on a machine that tests share.
         patient = {"RAY_raylet_start_wait_time_s": "240", "RAY_agent_register_timeout_ms": "240000"}
+        patient |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "240", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "240"}
         patient |= {"TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": str(RAY.parent)}
         (folder / "tmp").mkdir(exist_ok=True)
         self.process = subprocess.Popen(

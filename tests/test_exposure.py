@@ -1,4 +1,4 @@
-"""What a run on this machine shows to others: the sockets on which it listens, who is let in, and where keys turn up."""
+"""What a run on this machine shows to others: the sockets on which it listens, who is let in, where keys are."""
 
 from __future__ import annotations
 
