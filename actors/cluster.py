@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 
 from raygym import cluster_guard
 from raygym.config import ConfigError, HttpConfig
@@ -41,10 +41,8 @@ class _OwnCluster:
             start_new_session=True,
         )
 
-    def close_to_others(self) -> None:
-        """Ray makes its session readable and writable for every user of the machine, its sockets included."""
-        for session in self._sessions():
-            session.chmod(0o700)
+    def hide_token(self) -> None:
+        """Ray leaves the file of its token as the user's umask makes it, which other users can often read."""
         with suppress(FileNotFoundError):  # the token came from a variable or another file
             (Path.home() / _TOKEN_FILE).chmod(0o600)
 
@@ -78,6 +76,8 @@ def connect() -> None:
     the loopback interface alone, and asks for Ray's token (Ray's default) unless the user has set RAY_AUTH_MODE.
     """
     global _own, _logs
+    # A thread that still deploys when a run is interrupted must not start another cluster by its next call.
+    auto_init_hook.enable_auto_connect = False
     # Serve tells the driver about every start and stop; the console does that in fewer words.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -100,7 +100,7 @@ def connect() -> None:
         _init(address="local", include_dashboard=False, **options)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster_allowed
-    _own.close_to_others()
+    _own.hide_token()
 
 
 def _init(**options: Any) -> None:
