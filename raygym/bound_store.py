@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 Rendezvous = tuple[str, int]
 """Host and port."""
@@ -24,7 +24,7 @@ def listen(host: str) -> socket.socket:
 
 def bound_store(
     rendezvous: Rendezvous, size: int, timeout: timedelta, listening: socket.socket | None = None
-) -> dist.TCPStore:
+) -> TCPStore:
     """The store of one member.
 
     Args:
@@ -35,7 +35,7 @@ def bound_store(
     """
     host, port = rendezvous
     if listening is None:
-        return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
-    return dist.TCPStore(
+        return TCPStore(host, port, size, is_master=False, timeout=timeout)
+    return TCPStore(
         host, port, size, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listening.detach()
     )
