@@ -73,7 +73,9 @@ def assert_nothing_left(run: StartedRun, *, logs_kept: bool) -> None:
         assert not latest.is_symlink() or latest.exists() or not os.readlink(latest).endswith(f"_{run.process.pid}")
     made = set(os.listdir(SHARED_MEMORY)) - run.shared_memory
     assert [name for name in made if "raygym" in name or "plasma" in name or f"{run.process.pid}" in name] == []
-    assert list((run.folder / "tmp").iterdir()) == []
+    # PyTorch's cache of compiled code, one a user, is there to be found by the next run.
+    left = [path for path in (run.folder / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
+    assert left == []
     with only_writer(run.folder / "runs/tiny"):
         pass  # the lock is free
 
