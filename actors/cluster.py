@@ -6,23 +6,82 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import auto_init_hook, ray_constants
 
+from raygym import cluster_guard
 from raygym.config import ConfigError, HttpConfig
 from raygym.testing import chaos
+
+_GUARD_TIMEOUT_S = 60.0
+_TOKEN_FILE = Path(".ray") / "auth_token"
+
+
+class _OwnCluster:
+    """What is known of a cluster that this process started, and the guard that sees to its end."""
+
+    def __init__(self) -> None:
+        """Before Ray's start, so that its death in the middle of it is seen to as well."""
+        root, driver = Path(get_default_ray_temp_dir()), os.getpid()
+        self._root = root
+        self._known = cluster_guard.sessions_of(root, driver)
+        arguments = [str(root), str(driver), str(cluster_guard.GRACE_S), *self._known]
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", cluster_guard.__file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def hide_token(self) -> None:
+        """Ray leaves the file of its token as the user's umask makes it, which other users can often read."""
+        with suppress(FileNotFoundError):  # the token came from a variable or another file
+            (Path.home() / _TOKEN_FILE).chmod(0o600)
+
+    def end(self, *, keep_logs: bool) -> Path | None:
+        """Wait until nothing of it is left, Ray itself being shut down; returns where its logs are kept."""
+        logs = [session / "logs" for session in self._sessions()] if keep_logs else []
+        assert self._guard.stdin is not None
+        with suppress(OSError):  # it was killed: what it would have removed stays
+            self._guard.stdin.write(cluster_guard.KEEP_LOGS if keep_logs else cluster_guard.REMOVE)
+            self._guard.stdin.close()
+        try:
+            self._guard.wait(timeout=_GUARD_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()
+            self._guard.wait()
+        return logs[-1] if logs else None
+
+    def _sessions(self) -> list[Path]:
+        names = cluster_guard.sessions_of(self._root, os.getpid()) - self._known
+        return [self._root / name for name in sorted(names)]
+
+
+_own: _OwnCluster | None = None
+_logs: Path | None = None
 
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS`, or start one on this machine, which then ends with this process.
 
-    Actors get the driver's working directory as a place to import environments from.
+    Actors get the driver's working directory as a place to import environments from. A cluster of our own listens on
+    the loopback interface alone, and asks for Ray's token (Ray's default) unless the user has set RAY_AUTH_MODE.
 
     Raises:
         ConfigError: RAYGYM_CHAOS names no plan of faults.
     """
+    global _own, _logs
+    # A thread that still deploys when a run is interrupted must not start another cluster by its next call.
+    auto_init_hook.enable_auto_connect = False
     # Serve tells the driver about every start and stop; the console does that in fewer words.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -40,24 +99,52 @@ def connect() -> None:
             options.pop("runtime_env")
         _init(address="auto", **options)
         return
-    _init(address="local", include_dashboard=False, **options)
+    _logs, _own = None, _OwnCluster()
+    cluster_allowed = ray_constants.ENABLE_RAY_CLUSTER
+    # Ray's own switch for machines that no other one may join; given as an option, 127.0.0.1 is replaced.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        _init(address="local", include_dashboard=False, **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = cluster_allowed
+    _own.hide_token()
 
 
 def _init(**options: Any) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    ray.init(**options)
-    if threading.current_thread() is threading.main_thread():
-        # Ray takes SIGTERM for itself, in Python and in its core, and ends the process without letting us clean up.
-        for number, handler in handlers.items():
-            if handler is not None:
-                signal.signal(number, handler)
+    try:
+        ray.init(**options)
+    except SystemExit as error:  # what Ray makes of a SIGTERM that comes meanwhile
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            # Ray takes SIGTERM for itself, in Python and in its core, and ends the process without letting us clean up.
+            for number, handler in handlers.items():
+                if handler is not None:
+                    signal.signal(number, handler)
 
 
-def disconnect() -> None:
-    """Leave the cluster, which ends it where it is our own."""
-    if ray.is_initialized():
-        ray.shutdown()
+def disconnect(*, keep_logs: bool = False) -> None:
+    """Leave the cluster. One of our own ends, with all of its processes and files; `keep_logs`: but for Ray's logs."""
+    global _own, _logs
+    try:
+        if ray.is_initialized():
+            ray.shutdown()
+    finally:
+        own, _own = _own, None
+        if own is not None:
+            _logs = own.end(keep_logs=keep_logs)
+
+
+def is_own() -> bool:
+    """Whether this process has started the cluster that it is connected to."""
+    return _own is not None
+
+
+def kept_logs() -> Path | None:
+    """Where Ray's logs of the last cluster of our own are, which ended by a failure."""
+    return _logs
 
 
 def http_port(http: HttpConfig) -> int:

@@ -19,6 +19,8 @@ from ray.util import collective
 from ray.util.collective import types
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 
+from raygym.bound_store import bound_store, listen
+
 # Typed as Any: the stubs of torch.distributed lack the store and process-group classes that it exports.
 dist: Any = torch.distributed
 BACKEND = "RAYGYM"
@@ -50,9 +52,10 @@ class GlooGroup(BaseGroup):
         self._group = dist.ProcessGroupGloo(store, rank, world_size, self._deadline)
 
     def _open_store(self) -> Any:
-        host = ray.util.get_node_ip_address()
-        store = dist.TCPStore(host, 0, is_master=True, timeout=self._deadline, wait_for_workers=False)
-        record = json.dumps({"host": host, "port": store.port}).encode()
+        listening = listen(ray.util.get_node_ip_address())
+        host, port = listening.getsockname()[:2]
+        store = bound_store((host, port), self.world_size, self._deadline, listening)
+        record = json.dumps({"host": host, "port": port}).encode()
         _internal_kv_put(self._key, record, overwrite=True, namespace=_NAMESPACE)
         return store
 
@@ -66,7 +69,7 @@ class GlooGroup(BaseGroup):
             # Rank 0 opens its store in milliseconds; this loop runs once per group and member.
             time.sleep(0.02)
         where = json.loads(record)
-        return dist.TCPStore(where["host"], where["port"], is_master=False, timeout=self._deadline)
+        return bound_store((where["host"], where["port"]), self.world_size, self._deadline)
 
     @classmethod
     def backend(cls) -> str:

@@ -87,7 +87,7 @@ class EnvRunner:
         self._episodes: dict[asyncio.Task[Any], int] = {}
         self._first_attempt = 0
         self._asked = EpisodeServer(self._run_asked)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         self._parser = tool_parser(parser, model_dir)
         self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()
         self._processes = {config.label: EnvProcesses(config) for config in envs if config.isolation == "actor"}

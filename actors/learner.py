@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.actors.weight_sender import SentVersion, WeightSender, take_part
+from raygym.bound_store import Rendezvous, bound_store, listen
 from raygym.config import LearnerConfig
 from raygym.deepspeed_options import offload_device, whole_config
 from raygym.full_disk import is_full
@@ -60,20 +61,20 @@ class LearnerActor:
         self._temperature = temperature
         self._total_updates = total_updates
         self._sender: WeightSender | None = None
+        self._listening: socket.socket | None = None
         self._device = torch.device("cuda" if config.gpus_per_learner else "cpu")
 
     def ping(self) -> int:
         """The rank."""
         return self.rank
 
-    def rendezvous(self) -> tuple[str, int]:
-        """This node's address and a free port on it; asked of rank 0."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, int(probe.getsockname()[1])
+    def rendezvous(self) -> Rendezvous:
+        """Where rank 0 of the gang listens, on this node's address; asked of it alone."""
+        self._listening = listen(ray.util.get_node_ip_address())
+        host, port = self._listening.getsockname()[:2]
+        return host, port
 
-    def setup(self, rendezvous: tuple[str, int]) -> None:
+    def setup(self, rendezvous: Rendezvous) -> None:
         """Join the gang at rank 0's `rendezvous` and load the policy. All ranks at once.
 
         Raises:
@@ -97,12 +98,11 @@ class LearnerActor:
         import deepspeed
 
         self._deepspeed = deepspeed
-        deepspeed.init_distributed(
-            dist_backend="nccl" if config.gpus_per_learner else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=config.update_timeout_s),
-        )
+        backend, timeout = "nccl" if config.gpus_per_learner else "gloo", timedelta(seconds=config.update_timeout_s)
+        store = bound_store(rendezvous, self.world_size, timeout, self._listening)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        # It takes the group that is there.
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
         self.policy = self._load_policy()
         if config.lora is not None:
             add_adapters(self.policy, config.lora)
@@ -161,7 +161,13 @@ class LearnerActor:
         return reference
 
     def _load_policy(self) -> Any:
-        policy: Any = AutoModelForCausalLM.from_pretrained(self._model_dir, dtype=getattr(torch, self.config.dtype))
+        policy: Any = AutoModelForCausalLM.from_pretrained(
+            self._model_dir,
+            dtype=getattr(torch, self.config.dtype),
+            # A policy's folder is data: no code that came with it, and no pickle.
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
         # eval: dropout would make the learner's logprobs differ from the engines'.
         return policy.to(self._device).eval()
 

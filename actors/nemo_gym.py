@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,9 @@ class NemoGym:
             ConfigError: what is wrong, and the key.
         """
         self._actor: Any = None
-        self._folder = tempfile.TemporaryDirectory(prefix="raygym-nemo-gym-", ignore_cleanup_errors=True)
+        self._temporary = ExitStack()
+        # Without such environments nothing is made, which a kill -9 would leave behind.
+        self._folder = self._make_folder() if any(env.nemo_gym for env in config.envs) else ""
         self._environments: list[Environment] = []
         policy = Policy(policy_url, config.policy.model, os.environ.get(config.policy.api_key_env, "") or "-")
         envs = [self._attach(index, env, policy, config) for index, env in enumerate(config.envs)]
@@ -79,7 +81,7 @@ class NemoGym:
         """The run's config, in which these environments are ones that an EnvRunner can make."""
         if self._environments:
             actor: Any = ray.remote(NemoGymServers)
-            logs = str((log_folder or Path(self._folder.name)).absolute())
+            logs = str((log_folder or Path(self._folder)).absolute())
             # Restarted by Ray it starts the servers anew and publishes them in the same place.
             options = actor.options(num_cpus=0, max_restarts=-1, max_concurrency=4, **self.placement)
             self._actor = options.remote(self._environments, logs)
@@ -118,7 +120,11 @@ class NemoGym:
                 ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S)
             ray.kill(self._actor)
             self._actor = None
-        self._folder.cleanup()
+        self._temporary.close()
+
+    def _make_folder(self) -> str:
+        folder = tempfile.TemporaryDirectory(prefix="raygym-nemo-gym-", ignore_cleanup_errors=True)
+        return self._temporary.enter_context(folder)
 
     def _attach(self, index: int, env: EnvConfig, policy: Policy, config: RunConfig) -> EnvConfig:
         if env.nemo_gym is None:
@@ -127,7 +133,7 @@ class NemoGym:
             environment = prepare(env.nemo_gym, policy, env.max_turns or config.rollout.max_turns)
         except NemoGymError as error:
             raise ConfigError(f"envs.{index}.nemo_gym.{error}") from error
-        environment = environment.published_at(f"{self._folder.name}/servers-{index}.json")
+        environment = environment.published_at(f"{self._folder}/servers-{index}.json")
         self._environments.append(environment)
         entry_point = f"{ResourcesEnv.__module__}:{ResourcesEnv.__name__}"
         return env.model_copy(update={"id": entry_point, "name": env.label, "kwargs": {"play": environment.play}})

@@ -30,6 +30,7 @@ from raygym.lease import Beat, ReplicaState
 from raygym.models import stop_token_ids
 from raygym.replica_weights import Applied, ReplicaWeights
 from raygym.simulate import SimulatedConfig, SimulatedEngine
+from raygym.testing import chaos
 from raygym.tool_parsers import tool_parser
 from raygym.turn_batch import TurnRequest
 from raygym.turn_server import TurnAddress, TurnServer
@@ -160,6 +161,7 @@ class PolicyServer:
                 fences = await self._weights.admission.enter()
                 answer = await self._in_flight.run(generation)
                 await self._weights.admission.leave(fences)
+                chaos.at("replica.turn")
                 return answer
             except FencedError as error:
                 raise EpisodeFailure(FailureKind.ENGINE_LOST, str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ def _play(
             _write_down(session.rollouts, store, stop, console)
     finally:
         with console.phase("stopping"):
-            session.__exit__()
+            session.__exit__(*sys.exc_info())
 
 
 def _write_down(rollouts: Rollouts, store: RolloutStore, stop: Event, console: RolloutConsole) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 
 from ray.exceptions import RayTaskError
 
-from raygym.actors.cluster import http_port
+from raygym.actors.cluster import http_port, kept_logs
 from raygym.actors.serving import front_options, with_engine_defaults
 from raygym.actors.session import Session
 from raygym.actors.trainer import Trainer
@@ -18,6 +19,8 @@ from raygym.metrics import validation_metrics
 from raygym.resume import FinishedError, ResumePoint, only_writer, resume_point
 from raygym.run_files import RunFiles
 from raygym.tasks import validation_tasks
+
+__all__ = ["cause", "evaluate", "kept_logs", "prepared", "serve", "train"]
 
 
 def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_config_change: bool = False) -> None:
@@ -60,7 +63,7 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
     finally:
         try:
             with console.phase("stopping"):
-                session.__exit__()
+                session.__exit__(*sys.exc_info())
         finally:
             files.close()
     summary["ready_s"] = round(ready_s, 1)

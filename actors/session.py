@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from raygym.actors import cluster, serving
+from raygym.actors.app_guard import AppGuard
 from raygym.actors.learner_group import LearnerGroup
 from raygym.actors.nemo_gym import NemoGym
 from raygym.actors.process import freeze_past
@@ -50,7 +53,7 @@ class Session:
         self._rolling_out = rolling_out
         self._resumed = resumed
         self.port = port
-        self._deployed = False
+        self._app_guard: AppGuard | None = None
         self._learners: LearnerGroup | None = None
         self._nemo_gym: NemoGym | None = None
         self._rollouts: Rollouts | None = None
@@ -82,20 +85,20 @@ class Session:
     def __enter__(self) -> Session:
         try:
             self._start()
-        except BaseException:
-            self._stop()
+        except BaseException as error:
+            self._stop(error)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop()
+    def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
+        self._stop(error)
 
     def _start(self) -> None:
         config = self._config
         cluster.connect()
         # Engines and learners load side by side: each spends most of its start importing and reading files.
         pool = ThreadPoolExecutor(1)
-        self._deployed = True
+        self._app_guard = AppGuard(serving.app_name(config.name), on_own_cluster=cluster.is_own())
         front = serving.front_options(config)
         arguments = (config.name, config.policy, self._model_dir, self.port, front)
         deploying = pool.submit(serving.deploy, *arguments, leased=self._learning)
@@ -120,17 +123,34 @@ class Session:
             self._weights.connect()
         freeze_past()
 
-    def _stop(self) -> None:
-        parts = (self._rollouts, self._nemo_gym)
-        ends = [part.shutdown for part in parts if part is not None]
-        ends += [self._weights.close] if self._weights is not None else []
-        ends += [self._learners.shutdown] if self._learners is not None else []
-        ends += [partial(serving.undeploy, self._config.name)] if self._deployed else []
-        for end in (*ends, cluster.disconnect):
-            try:
-                end()
-            except Exception as error:  # it must not keep the others, nor hide why the run ended
-                logger.warning("a part of the session could not be ended: %s: %s", type(error).__name__, error)
+    def _stop(self, error: BaseException | None) -> None:
+        """End all of it, the last first; whatever becomes of one, the next is ended. A second time, nothing is left.
+
+        What cannot be ended is told in the log: it must not hide why the run ended.
+
+        A second interrupt skips what is being waited for: the cluster's end, or that of our job, ends it as well.
+        """
+        with ExitStack() as stack:
+            # The logs of a run that failed may say why.
+            failed = error is not None and not isinstance(error, KeyboardInterrupt)
+            stack.callback(_ended, partial(cluster.disconnect, keep_logs=failed))
+            if self._app_guard is not None:
+                stack.callback(_ended, partial(self._app_guard.undeploy, self._config.name))
+            if self._learners is not None:
+                stack.callback(_ended, self._learners.shutdown)
+            if self._weights is not None:
+                stack.callback(_ended, self._weights.close)
+            for part in (self._nemo_gym, self._rollouts):
+                if part is not None:
+                    stack.callback(_ended, part.shutdown)
+            self._app_guard = self._learners = self._weights = self._nemo_gym = self._rollouts = None
+
+
+def _ended(end: Callable[[], object]) -> None:
+    try:
+        end()
+    except Exception as error:
+        logger.warning("a part of the session could not be ended: %s: %s", type(error).__name__, error)
 
 
 def _wait_deployed(deploying: Future[Any], timeout_s: float) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 from raygym.actors.collective import CollectiveTimeout, broadcast_bytes, join_group, leave_group
 from raygym.delta_sending import encode_in_place
+from raygym.testing import chaos
 from raygym.weight_delta import DeltaSummary, EncodedBucket, summarize
 from raygym.weight_slots import OpenSlots
 from raygym.weights import Bucket, Manifest, tensor_checksum
@@ -155,3 +156,4 @@ def _sum_up(data: torch.Tensor, bucket: Bucket, sent: SentVersion) -> None:
     with sent.timed("checksum"):
         for spec in bucket.tensors:
             sent.checksums[spec.name] = tensor_checksum(data[spec.start : spec.end].numpy())
+    chaos.at("sync.bucket", data=data[bucket.start : bucket.end].numpy().data)

@@ -308,8 +308,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         rollout, learner = self.rollout, self.learner
-        if self.name in ("", ".", "..") or "/" in self.name:
-            raise ValueError(f"name: {self.name!r} must be usable as a folder's name (not empty, no '/')")
+        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
+            raise ValueError(
+                f"name: {self.name!r} must be usable as a folder's name (not empty, no '/', no control characters)"
+            )
         episodes = rollout.groups_per_step * rollout.group_size
         if episodes % learner.num_learners:
             raise ValueError(

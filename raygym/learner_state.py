@@ -8,7 +8,7 @@ finds its part. Beside them is `learner.json`. Reading it runs no code.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +223,8 @@ class _ShardReader:
             if index["format"] != _FORMAT:
                 raise LearnerStateError(f"its format is {index['format']}, this raygym reads {_FORMAT}")
             self._files = index["files"]
+            for name in set(self._files.values()) - set(_plain(self._files.values())):
+                raise LearnerStateError(f"{name!r} is no name of a file in it")
             for problem in _differences(index["shapes"], shapes, self._files):
                 raise LearnerStateError(problem)
             for file in sorted(set(self._files.values())):
@@ -234,6 +236,11 @@ class _ShardReader:
     def tensor(self, name: str) -> Tensor:
         value: Tensor = self._open[self._files[name]].get_tensor(name)
         return value
+
+
+def _plain(names: Iterable[str]) -> Iterator[str]:
+    """Those that stay in their folder."""
+    return (name for name in names if Path(name).name == name != "..")
 
 
 def _differences(

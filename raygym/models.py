@@ -114,7 +114,7 @@ def stop_token_ids(model_dir: Path) -> tuple[int, ...]:
     found = _as_ids(config.get("eos_token_id")) | _as_ids((config.get("text_config") or {}).get("eos_token_id"))
     if (generation := model_dir / "generation_config.json").is_file():
         found |= _as_ids(_read_json(generation).get("eos_token_id"))
-    found |= _as_ids(AutoTokenizer.from_pretrained(model_dir).eos_token_id)
+    found |= _as_ids(AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False).eos_token_id)
     if not found:
         raise ModelError(str(model_dir), "names no end-of-turn token; set eos_token_id in its generation_config.json")
     return tuple(sorted(found))

@@ -13,6 +13,7 @@ from raygym.admission import Admission
 from raygym.engine import Engine, EngineError
 from raygym.in_flight import InFlight, OnUpdate
 from raygym.lease import Beat, Lease, ReplicaState
+from raygym.testing import chaos
 from raygym.version_file import changed_tensors, file_shapes
 from raygym.weights import VersionOffer, WeightsError, WeightsId, check_shapes, checkpoint_shapes, tied_names
 
@@ -118,6 +119,7 @@ class ReplicaWeights:
         if path is None:
             raise WeightsError(f"version {offer.weights.version} is not on node {self._node} yet")
         started = time.monotonic()
+        await asyncio.to_thread(chaos.at, "sync.apply")
         if problem := self.misfit(await asyncio.to_thread(file_shapes, path)):
             raise WeightsError(problem)
         if changed := await asyncio.to_thread(changed_tensors, path, offer.checksums):

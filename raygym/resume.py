@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from raygym.checkpoint import Checkpoint, CheckpointStore
 from raygym.config import ConfigError, RunConfig
 from raygym.config_change import changes
+from raygym.file_manifest import DamagedFolderError
 from raygym.rollout_state import RolloutState
 from raygym.run_row import Row, json_row, parsed_row
 
@@ -47,6 +48,16 @@ def save_run_state(folder: Path, rollouts: RolloutState, row: Row, validated: bo
     folder.mkdir(exist_ok=True)
     rollouts.save(folder)
     (folder / _RUN).write_text(json.dumps({"row": json_row(row), "validated": validated}) + "\n", encoding="utf-8")
+
+
+def _load_run_state(folder: Path) -> tuple[Row, bool]:
+    """Row and `validated` that `save_run_state` wrote."""
+    try:
+        run = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+        return parsed_row(run["row"]), bool(run["validated"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"{folder / _RUN} does not hold a step as raygym writes it ({type(error).__name__}: {error})"
+        raise DamagedFolderError(problem) from error
 
 
 def require_shared(folder: Path, names: Sequence[str]) -> None:
@@ -100,10 +111,13 @@ def resume_point(config: RunConfig, *, allow_change: bool, told: Callable[[str],
         raise FinishedError(
             f"{config.run_dir} has made its {config.steps} steps; raise steps to go on, or use {_FRESH}"
         )
-    rollouts = RolloutState.load(checkpoint.state)
+    try:
+        rollouts = RolloutState.load(checkpoint.state)
+        row, validated = _load_run_state(checkpoint.state)
+    except DamagedFolderError as error:  # its checksums are right, so it was written like that
+        raise ConfigError(f"{error}; restore {checkpoint.path}, or use {_FRESH}") from error
     rollouts = rollouts.resumed(checkpoint.step, config.rollout.groups_per_step, config.rollout.order)
-    run = json.loads((checkpoint.state / _RUN).read_text(encoding="utf-8"))
-    return ResumePoint(checkpoint, rollouts, parsed_row(run["row"]), run["validated"])
+    return ResumePoint(checkpoint, rollouts, row, validated)
 
 
 def checkpoint_store(config: RunConfig) -> CheckpointStore:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from raygym.file_manifest import DamagedFolderError
 from raygym.open_group import SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
 
@@ -70,10 +72,20 @@ class RolloutState:
 
     @classmethod
     def load(cls, folder: Path) -> RolloutState:
-        """What `save` wrote."""
-        data = json.loads((folder / "rollouts.json").read_text(encoding="utf-8"))
-        arrays = load_file(folder / "groups.safetensors") if data["whole"] else {}
-        return cls(SchedulerState.from_json(data["scheduler"]), tuple(_groups(data["whole"], arrays)))
+        """What `save` wrote.
+
+        Raises:
+            DamagedFolderError: it is something else, such as files of a format that could run code.
+        """
+        try:
+            data = json.loads((folder / "rollouts.json").read_text(encoding="utf-8"))
+            arrays = load_file(folder / "groups.safetensors") if data["whole"] else {}
+            return cls(SchedulerState.from_json(data["scheduler"]), tuple(_groups(data["whole"], arrays)))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+            raise DamagedFolderError(
+                f"{folder} does not hold rollouts as raygym writes them, in JSON and safetensors "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
 
 def _record(trajectory: Trajectory) -> dict[str, Any]:

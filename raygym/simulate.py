@@ -230,7 +230,7 @@ class SimulatedEngine:
 
         from raygym.api.simulated import SimulatedApi
 
-        tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(self._model_dir, trust_remote_code=False)
         return SimulatedApi(self.generate, tokenizer, self._model, self._config.max_model_len).app()
 
     def shutdown(self) -> None:

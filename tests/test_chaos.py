@@ -78,7 +78,7 @@ DRAWS = (
     Draw("learner.save_state", ("kill", "stop"), (1, 4), (0.3, 3.0), needs=_GANG),
     Draw("replica.turn", ("kill", "stop", "drop", "slow"), (5, 200), (0.3, 3.0), needs=_SYNC),
     Draw("sync.bucket", ("kill", "stop", "drop", "corrupt"), (2, STEPS - 2), (0.3, 3.0), needs=_SYNC),
-    Draw("sync.apply", ("kill", "stop", "drop", "corrupt"), (2, STEPS - 2), (0.3, 3.0), needs=_SYNC),
+    Draw("sync.apply", ("kill", "stop", "drop", "slow"), (2, STEPS - 2), (0.3, 3.0), needs=_SYNC),
 )
 STRIKES = {"env_runner": "", "manager": "", "learner": _GANG, "replica": _SYNC, "weight_store": _SYNC}
 

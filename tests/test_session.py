@@ -26,7 +26,7 @@ def test_a_start_that_fails_is_cleaned_up_once_and_keeps_its_cause(
     class Learners:
         shutdown = staticmethod(counted("shutdown"))
 
-    def deploy(*args: Any) -> None:
+    def deploy(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the proxy died")
 
     monkeypatch.setattr(module.cluster, "connect", counted("connect"))

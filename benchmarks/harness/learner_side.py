@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ def main() -> None:
     rollouts = Rollouts.load(Path(settings.rollouts))
     advantages = np.concatenate(ADVANTAGES[settings.advantage](np.split(np.array(rollouts.rewards), groups(rollouts))))
     learner = LearnerActor(0, 1, settings.model_dir, learner_config(settings), settings.temperature)
-    learner.setup(("127.0.0.1", free_port()))
+    learner.setup(learner.rendezvous())
     while True:
         server.wait()
         sequences = train_sequences(rollouts, advantages)
@@ -81,13 +80,6 @@ def train_sequences(rollouts: Rollouts, advantages: np.ndarray) -> list[TrainSeq
             )
         )
     return sequences
-
-
-def free_port() -> int:
-    """On this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

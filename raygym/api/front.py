@@ -42,7 +42,7 @@ _METRICS_PATH = "/metrics"
 class FrontOptions:
     """How a front behaves."""
 
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     """Empty: everybody who reaches the port is served."""
     max_body_bytes: int = 32 << 20
     profiles: Mapping[str, SamplingProfile] = field(default_factory=lambda: {"train": SamplingProfile(1.0)})
@@ -75,6 +75,10 @@ class ApiFront:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        if scope["type"] == "websocket":
+            # None of the API is there, and what an engine's app may have for some models would be open to all.
+            await send({"type": "websocket.close", "code": 1008, "reason": "the API has no websockets"})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -114,7 +118,7 @@ class ApiFront:
     def _check_key(self, headers: Mapping[str, str]) -> None:
         key = self._options.api_key
         given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if key and not hmac.compare_digest(given.encode(), key.encode()):
+        if key and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             problem = "the API key is missing or wrong; send `Authorization: Bearer <key>`"
             raise ApiError(401, problem, code="invalid_api_key")
 

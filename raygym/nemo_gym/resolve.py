@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,15 @@ class Policy:
     base_url: str
     """Ends in `/v1`."""
     model: str
-    api_key: str = "-"
+    api_key: str = field(default="-", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """A config with nothing left to fill in but the ports."""
 
-    config: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
+    """Has the policy's key in it."""
     root: Path
     """The folder that NeMo Gym is installed in; its own relative paths begin there."""
     interpreter: str
@@ -73,7 +74,10 @@ def resolve(section: NemoGymConfig, policy: Policy) -> Resolved:
     answer = _ask(interpreter, given)
     if "error" in answer:
         files = ", ".join(section.config_paths)
-        raise NemoGymError(f"config_paths: NeMo Gym refuses {files}: {_line(answer['error'])}")
+        said = _line(answer["error"])
+        if policy.api_key != "-":
+            said = said.replace(policy.api_key, "<the policy's key>")  # an error may show what it was given
+        raise NemoGymError(f"config_paths: NeMo Gym refuses {files}: {said}")
     return Resolved(answer["config"], Path(answer["root"]), interpreter)
 
 
