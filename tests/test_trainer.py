@@ -17,6 +17,7 @@ from rich.console import Console
 from test_run_files import collected
 
 from raygym.actors.session import Session
+from raygym.actors.supervisor import Supervisor
 from raygym.actors.trainer import Trainer
 from raygym.alarms import AlarmStop
 from raygym.config import RunConfig
@@ -39,6 +40,7 @@ class Everything:
         self.validated: list[int] = []
         self.begun = defaultdict[str, threading.Event](threading.Event)
         self.rollouts = self.learners = self.weights = self
+        self.supervisor = Supervisor()
         self.learning_fails_at = -1
         self.learned: dict[int, dict[str, float]] = {}
         """What an update tells, by its number from 1; zeros otherwise."""
@@ -64,6 +66,9 @@ class Everything:
             raise RuntimeError("a learner is lost")
         self.begun[f"after {self.version}"].set()
         return defaultdict(float, {"tokens_trained": 1.0} | self.learned.get(self._updates, {}))
+
+    def check_alive(self) -> None:
+        pass
 
     def publish(self, version: int) -> Published:
         assert not self.validating
