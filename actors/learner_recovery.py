@@ -60,8 +60,8 @@ def _restarted(
         raise GivenUp(f"{lost}; the run cannot go on by itself: {error}") from None
     files.rewind(point)
     from_where = f"checkpoint {point.checkpoint.path.name}" if point.checkpoint else "the starting policy"
+    session.rollouts.rewind(point.rollouts)  # its process starts beside the learners'
     with console.phase(f"starting the learners again, from {from_where}"):
         session.restart_learners()
-        session.rollouts.rewind(point.rollouts)
     session.supervisor.restarted(Kind.LEARNER, GANG)
     return Trainer(config, session, files, console, point)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.exceptions import RayTaskError
 
 # Ray goes on with a list of all that can end a process.
-_GUESSES = " There are some potential root causes."
+_GUESSES = " Some common causes include:"
 
 
 def cause(error: BaseException) -> str:
