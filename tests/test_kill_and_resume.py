@@ -228,7 +228,7 @@ def test_a_rank_that_hangs_is_lost_with_its_gang(tmp_path: Path) -> None:
     """Two ranks under ZeRO-3, one of which is stopped."""
     run = tmp_path / "runs/hung"
     options = {"learner.num_learners": 2, "learner.deepspeed": "{zero_optimization: {stage: 3}}"}
-    process = start(tmp_path, "hung", SIMULATED, **options, **{"learner.update_timeout_s": 15, "checkpoint.every": 1})
+    process = start(tmp_path, "hung", SIMULATED, **options, **{"learner.update_timeout_s": 30, "checkpoint.every": 1})
     wait_for_step(run, 2)
     ranks = named(psutil.Process(process.pid), "ray::LearnerActor")
     assert len(ranks) == 2
