@@ -14,13 +14,16 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from raygym.actors.ray_errors import cause
+from raygym.actors.supervisor import Supervisor
 from raygym.rollout_state import RolloutState
 from raygym.schedule import Collected, RolloutStopped, SchedulerState
+from raygym.supervision import GivenUp, Kind
 
 logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 2.0
 ANSWER_TIMEOUT_S = 60.0
-_RESTARTS_IN_A_ROW = 3
+_NAME = "the RolloutManager"
 # The manager's process is gone, it hangs, or its answer went with its node.
 _LOST = (RayActorError, ObjectLostError, GetTimeoutError)
 
@@ -38,6 +41,7 @@ class KeptManager:
         start: Callable[[SchedulerState], Any],
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
         state: SchedulerState | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         """Start the first one; returns before it is up.
 
@@ -45,12 +49,14 @@ class KeptManager:
             start: makes a RolloutManager actor that goes on from a state.
             answer_timeout_s: a manager that does not say for so long that it is alive is replaced.
             state: from which the first one goes on.
+            supervisor: is told what is lost, and says when it was too often.
         """
         self._start = start
         self._answer_timeout_s = answer_timeout_s
         self._state = state or SchedulerState()
         self._version = self._state.version
-        self._restarts = self._in_a_row = 0
+        self._restarts = 0
+        self._supervisor = supervisor or Supervisor()
         # Guards all of the above, and which manager is in charge.
         self._lock = threading.Lock()
         self._left = threading.Condition(self._lock)
@@ -62,6 +68,11 @@ class KeptManager:
     def manager(self) -> Any:
         """The actor that is in charge now."""
         return self._manager
+
+    @property
+    def restarts(self) -> int:
+        """How many managers of the run were lost or left before the one that is in charge."""
+        return self._state.restarts
 
     def collect(self, step: int, progress: Callable[[str], None]) -> Collected:
         """The whole groups of `step`.
@@ -75,8 +86,9 @@ class KeptManager:
             with self._lock:
                 # One that was found lost meanwhile has a successor, which plays this step again.
                 if manager is self._manager:
-                    self._state, self._in_a_row = collected.state, 0
+                    self._state = collected.state
                     restarts, self._restarts = self._restarts, 0
+                    self._works(collected)
                     return replace(collected, manager_restarts=restarts)
 
     def validate(
@@ -93,8 +105,7 @@ class KeptManager:
 
         _, collected = self._answered("validate", arguments, progress)
         assert isinstance(collected, Collected)
-        with self._lock:
-            self._in_a_row = 0
+        self._works(collected)
         return collected, time.monotonic() - began
 
     def snapshot(self) -> RolloutState:
@@ -151,24 +162,32 @@ class KeptManager:
         # Episodes keep their own deadlines, so the wait itself needs none; that the manager answers is checked instead.
         started = time.monotonic()
         while not ray.wait([reference], timeout=_HEARTBEAT_S)[0]:
-            text = ray.get(manager.progress.remote(), timeout=self._answer_timeout_s)
+            asked = [manager.progress.remote(), manager.take_part_events.remote()]
+            text, events = ray.get(asked, timeout=self._answer_timeout_s)
+            self._supervisor.relay(events)
             progress(f"{text}, {time.monotonic() - started:.0f} s")
         return answer(reference, self._answer_timeout_s)
 
+    def _works(self, collected: Collected) -> None:
+        self._supervisor.recovered(Kind.MANAGER, _NAME)
+        self._supervisor.progressed(Kind.MANAGER)
+        self._supervisor.relay(collected.part_events)
+
     def _replace(self, lost: Any, error: RayError) -> None:
-        cause = _cause(error, self._answer_timeout_s)
+        why = _cause(error, self._answer_timeout_s)
         with self._lock:
             self._check_open()
             if lost is not self._manager:
                 return  # the other call has noticed as well, and was first
-            if self._in_a_row == _RESTARTS_IN_A_ROW:
+            try:
+                self._supervisor.lost(Kind.MANAGER, _NAME, f"the RolloutManager: {why}")
+            except GivenUp as given_up:
                 raise RolloutStopped(
-                    f"the RolloutManager was lost {self._in_a_row + 1} times without a step or validation collected "
-                    f"in between; the last time: {cause}. Its log is in Ray's session directory"
-                ) from error
-            self._in_a_row += 1
+                    f"{given_up} without a step or validation collected in between; its log is in Ray's session "
+                    "directory"
+                ) from None
             self._restarts += 1
-            logger.warning("The RolloutManager is replaced (%d in a row): %s", self._in_a_row, cause)
+            logger.warning("The RolloutManager is replaced: %s", why)
             ray.kill(lost)  # one that hangs must not go on beside its successor
             self._state = self._state.successor(self._version)
             self._manager = self._start(self._state)
@@ -191,5 +210,4 @@ def answer(reference: Any, timeout_s: float) -> Any:
 def _cause(error: RayError, timeout_s: float) -> str:
     if isinstance(error, GetTimeoutError):
         return f"no answer within {timeout_s:g} s"
-    # Ray's text has a headline, then a line for each property of the actor.
-    return " ".join(str(error).split()) or type(error).__name__
+    return cause(error)

@@ -8,17 +8,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from raygym.actors.learner import LearnerActor
 from raygym.actors.learner_placement import LearnerPlacement, PlacementError
+from raygym.actors.ray_errors import cause
 from raygym.actors.weight_sender import SentVersion
 from raygym.config import LearnerConfig
+from raygym.learner_state import LearnerStateError
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats
 from raygym.weights import Manifest
 
+GANG = "the learner gang"
+"""What people are told is lost."""
 _CLOSE_TIMEOUT_S = 10.0
+_KILL_TIMEOUT_S = 10.0
+# Of an answer that is there already.
+_ANSWER_TIMEOUT_S = 1.0
 
 
 class LearnerError(RuntimeError):
@@ -36,6 +43,8 @@ class LearnerGroup:
         # Ray resolves the rendezvous before it calls setup, so the whole start runs without the driver.
         rendezvous = actors[0].rendezvous.remote()
         self._ready = [actor.setup.remote(rendezvous) for actor in actors]
+        self._pings: list[Any] = []
+        self._pinged = 0.0
 
     @classmethod
     def launch(
@@ -92,7 +101,11 @@ class LearnerGroup:
         self.call_all("save_state", path, timeout_s=self.config.update_timeout_s)
 
     def load_state(self, path: str) -> None:
-        """Go on from there; the number of ranks and the ZeRO stage may be others."""
+        """Go on from there; the number of ranks and the ZeRO stage may be others.
+
+        Raises:
+            LearnerStateError: it is not one of this policy; another gang could not load it either.
+        """
         self.call_all("load_state", path, timeout_s=self.config.update_timeout_s)
 
     @property
@@ -119,6 +132,23 @@ class LearnerGroup:
         """Call a method on rank 0 only. Raises as `call_all` does."""
         return self._collect([getattr(self.actors[0], method).remote(*args)], method, timeout_s)[0]
 
+    def check_alive(self) -> None:
+        """Find out, without waiting, whether a rank was lost while nothing was asked of it. Call it now and then.
+
+        Raises:
+            LearnerError: a rank has died, or has not answered for `update_timeout_s`.
+        """
+        now = time.monotonic()
+        answered = ray.wait(self._pings, num_returns=len(self._pings), timeout=0)[0] if self._pings else []
+        for rank, ping in enumerate(self._pings):
+            if ping in answered:
+                self._answer(rank, ping, "ping", _ANSWER_TIMEOUT_S)
+        if len(answered) == len(self._pings):
+            self._pings, self._pinged = [actor.ping.remote() for actor in self.actors], now
+        elif now - self._pinged > self.config.update_timeout_s:
+            ranks = [rank for rank, ping in enumerate(self._pings) if ping not in answered]
+            raise self._missed(ranks, "ping", self.config.update_timeout_s)
+
     def call_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """Call a method on every rank at once; the results, in order of rank.
 
@@ -130,21 +160,30 @@ class LearnerGroup:
     def _collect(self, references: list[Any], method: str, timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         waiting = {reference: rank for rank, reference in enumerate(references)}
+        answers: dict[int, Any] = {}
         while waiting:
             left = max(0.0, deadline - time.monotonic())
             # One at a time as they finish: the rank that failed is reported, not one that waits for it.
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
             if not done:
-                ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
-                raise LearnerError(
-                    f"learner rank {ranks} of {len(references)} did not finish {method} within {timeout_s:.0f} s"
-                )
+                raise self._missed(sorted(waiting.values()), method, timeout_s)
             rank = waiting.pop(done[0])
-            try:
-                ray.get(done[0], timeout=max(1.0, left))
-            except (GetTimeoutError, RayError) as error:
-                raise LearnerError(f"learner rank {rank} of {len(references)} failed in {method}: {error}") from error
-        return list(ray.get(references, timeout=max(1.0, deadline - time.monotonic())))
+            answers[rank] = self._answer(rank, done[0], method, max(_ANSWER_TIMEOUT_S, left))
+        return [answers[rank] for rank in range(len(references))]
+
+    def _answer(self, rank: int, reference: Any, method: str, timeout_s: float) -> Any:
+        """What a rank that is done has answered."""
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except (GetTimeoutError, RayError) as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, LearnerStateError):
+                raise LearnerStateError(str(error.cause)) from error
+            ranks = len(self.actors)
+            raise LearnerError(f"learner rank {rank} of {ranks} failed in {method}: {cause(error)}") from error
+
+    def _missed(self, ranks: list[int], method: str, timeout_s: float) -> LearnerError:
+        which = f"{', '.join(str(rank) for rank in ranks)} of {len(self.actors)}"
+        return LearnerError(f"learner rank {which} did not finish {method} within {timeout_s:.0f} s")
 
     def shutdown(self) -> None:
         """Let the ranks leave their process group, then end their processes, those that hang too."""
@@ -152,6 +191,15 @@ class LearnerGroup:
         ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
         for actor in self.actors:
             ray.kill(actor)
+        self._placement.release()
+
+    def kill(self) -> None:
+        """End the processes of a gang that is lost, without a word to those that are left. They have ended, or the
+        system does not let them, when this returns."""
+        for actor in self.actors:
+            ray.kill(actor)
+        last = [actor.ping.remote() for actor in self.actors]
+        ray.wait(last, num_returns=len(last), timeout=_KILL_TIMEOUT_S)
         self._placement.release()
 
 

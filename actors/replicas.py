@@ -12,7 +12,9 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from raygym.actors.replica_calls import call_replicas
+from raygym.actors.weight_health import WeightHealth
 from raygym.lease import LeaseBook, ReplicaState
+from raygym.supervision import Kind
 from raygym.weights import WeightsId
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class Replicas:
         handle: DeploymentHandle[Any],
         lease_s: float,
         behind: Callable[[], None],
-        told: Callable[[str, str, str], None],
+        health: WeightHealth,
     ) -> None:
         """Nothing beats yet.
 
@@ -38,12 +40,12 @@ class Replicas:
             handle: of the deployment.
             lease_s: how long a replica serves after the last confirmation.
             behind: called by the beating thread when replicas that answer do not hold the current weights.
-            told: gets what happened to a replica (`admitted`, `fenced`), its name, and why.
+            health: is told of replicas that are fenced and admitted.
         """
         self.handle = handle
         self._book = LeaseBook(lease_s)
         self._behind = behind
-        self._told = told
+        self._health = health
         self._every_s = min(_LONGEST_BEAT_S, lease_s / _BEATS_IN_A_LEASE)
         self._changed = threading.Condition()  # guards the book
         self._at_once = threading.Event()
@@ -85,7 +87,7 @@ class Replicas:
         with self._changed:
             if self._book.heard(state):
                 logger.info("replica %s serves version %d", state.replica, state.weights.version)
-                self._told("admitted", state.replica, f"serves version {state.weights.version}")
+                self._health.works(Kind.REPLICA, state.replica)
             self._changed.notify_all()
 
     def unanswered(self, answered: set[str]) -> bool:
@@ -110,10 +112,15 @@ class Replicas:
         self._at_once.set()
         return fenced
 
-    def wait_for(self, count: int, deadline: float, states: Callable[[LeaseBook], list[ReplicaState]]) -> bool:
-        """Wait until `states` has at least `count` of them, at most until `deadline` (monotonic). Whether it has."""
+    def wait_until(self, condition: Callable[[LeaseBook], bool], deadline: float) -> bool:
+        """Wait until something holds, at most until `deadline` (monotonic). Whether it does.
+
+        Raises:
+            GivenUp: a part was lost more often than the config allows.
+        """
         with self._changed:
-            while len(states(self._book)) < count:
+            while not condition(self._book):
+                self._health.check()
                 self._at_once.set()
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
@@ -133,7 +140,7 @@ class Replicas:
     def _fence(self, name: str, why: str) -> bool:
         if served := self._book.fence(name):
             logger.warning("replica %s is fenced: it %s", name, why)
-            self._told("fenced", name, why)
+            self._health.lost(Kind.REPLICA, name, why)
         return served
 
     def _run(self) -> None:

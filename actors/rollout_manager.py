@@ -24,6 +24,7 @@ from raygym.episode_exchange import EpisodeClient, EpisodesLost, Finished
 from raygym.loop_lag import LoopLag
 from raygym.rollout_state import RolloutState
 from raygym.schedule import Assignment, Collected, RolloutStopped, Scheduler, SchedulerOptions, SchedulerState
+from raygym.supervision import PartEvent
 from raygym.task_stream import Taken, TaskStream
 from raygym.tasks import TaskCursor
 from raygym.testing import chaos
@@ -114,7 +115,8 @@ class RolloutManager:
         chaos.at("manager.collect")
         collected = await self._wait(lambda: self._scheduler.collect_step(step))
         concurrency = self._control.take_mean() if self._control else self._scheduler.max_concurrent
-        return replace(collected, loop_lag_ms=self._lag.take(), concurrency=concurrency)
+        events = await self.take_part_events()
+        return replace(collected, loop_lag_ms=self._lag.take(), concurrency=concurrency, part_events=events)
 
     async def validate(self, tasks: Sequence[Task], deadline_s: float = math.inf) -> Collected:
         """One episode of each task, with validation's sampling, beside the training.
@@ -170,6 +172,10 @@ class RolloutManager:
         """One line on what is going on; an answer means that the event loop is alive."""
         limit = f", at most {self._control.limit} at once" if self._control else ""
         return self._scheduler.describe() + limit
+
+    async def take_part_events(self) -> tuple[PartEvent, ...]:
+        """What became of EnvRunners since it was asked last."""
+        return self._supervisor.take_events() if self._supervisor else ()
 
     async def runners_up(self) -> list[bool]:
         """Which of the EnvRunners answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from raygym.actors.kept_manager import ANSWER_TIMEOUT_S, KeptManager, answer
 from raygym.actors.policy_server import DEPLOYMENT
 from raygym.actors.rollout_manager import start_manager
 from raygym.actors.serving import app_name
+from raygym.actors.supervisor import Supervisor
 from raygym.config import RunConfig
 from raygym.episode import EpisodeLimits
 from raygym.rollout_state import RolloutState
@@ -32,6 +34,7 @@ class Rollouts:
         max_model_len: int,
         placement: Mapping[str, Any] | None = None,
         resumed: RolloutState | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         """Start them; returns before they are up.
 
@@ -41,7 +44,10 @@ class Rollouts:
             max_model_len: tokens that fit into the engine's context.
             placement: Ray's options for the EnvRunners, such as the node that their environments are on.
             resumed: where an interrupted run stood.
+            supervisor: is told which managers and runners are lost.
         """
+        self._config = config
+        self._supervisor = supervisor
         rollout = config.rollout
         limits = EpisodeLimits.of(rollout, max_model_len)
         self._runners = [
@@ -60,23 +66,35 @@ class Rollouts:
             for _ in range(rollout.env_runners)
         ]
 
-        resumed = resumed or RolloutState()
+        self._manager = self._kept(resumed or RolloutState())
+
+    def _kept(self, resumed: RolloutState) -> KeptManager:
+        config = self._config
 
         def start(state: SchedulerState) -> Any:
-            temperature = config.validation.temperature
             return start_manager(
-                rollout,
+                config.rollout,
                 config.envs,
                 config.seed,
                 config.steps,
-                temperature,
+                config.validation.temperature,
                 self._runners,
                 state=state,
                 policy=(DEPLOYMENT, app_name(config.name)),
                 whole=resumed.whole,
             )
 
-        self._manager = KeptManager(start, state=resumed.scheduler)
+        return KeptManager(start, state=resumed.scheduler, supervisor=self._supervisor)
+
+    def stop_playing(self) -> None:
+        """End the manager; the runners stay. Whoever waits for it gets a RolloutStopped."""
+        self._manager.close()
+
+    def rewind(self, to: RolloutState) -> None:
+        """After `stop_playing`: a new manager goes on from there, on the same runners, once it is told the version."""
+        # The runners tell its episodes from those before by that number, and end those.
+        restarts = self._manager.restarts + 1
+        self._manager = self._kept(replace(to, scheduler=replace(to.scheduler, restarts=restarts)))
 
     def wait_ready(self, timeout_s: float) -> None:
         """Block until every runner has made its environments once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ray.exceptions import RayActorError, RayError
 
 from raygym.backoff import Backoff
 from raygym.env_host import DeadlineMissed, within
+from raygym.supervision import Kind, PartEvent, What
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class RunnerSupervisor:
         self._backoff = [Backoff(supervision.first_wait_s, most_s=30.0) for _ in runners]
         self._changed = asyncio.Condition()
         self._last_error = ""
+        self._events: list[PartEvent] = []
         for up in self._up:
             up.set()
         self._watchers = [asyncio.ensure_future(self._watch(index)) for index in range(len(runners))]
@@ -93,9 +96,19 @@ class RunnerSupervisor:
         """Which runners are up."""
         return [up.is_set() for up in self._up]
 
+    def take_events(self) -> tuple[PartEvent, ...]:
+        """What became of runners since the last call."""
+        events, self._events = self._events, []
+        return tuple(events)
+
+    def _event(self, index: int, what: What, cause: str = "") -> None:
+        self._events.append(PartEvent(time.time(), Kind.ENV_RUNNER, f"EnvRunner {index}", what, cause))
+
     def _note(self, index: int, error: BaseException) -> None:
         self._last_error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         logger.warning("EnvRunner %d is down: %s", index, self._last_error)
+        if self._up[index].is_set():
+            self._event(index, What.LOST, self._last_error)
         self._up[index].clear()
         self._backoff[index].failed()
         self._wake[index].set()
@@ -111,6 +124,7 @@ class RunnerSupervisor:
                 await asyncio.sleep(self._backoff[index].wait_s())
             await self._ping(index)
         logger.error("EnvRunner %d is given up: %s", index, self._last_error)
+        self._event(index, What.GIVEN_UP, self._last_error)
         await self._tell()
 
     async def _ping(self, index: int) -> None:
@@ -130,6 +144,7 @@ class RunnerSupervisor:
             self._backoff[index].succeeded()
             if not self._up[index].is_set():
                 logger.warning("EnvRunner %d is up again", index)
+                self._event(index, What.RECOVERED)
                 self._up[index].set()
                 await self._tell()
 

@@ -7,12 +7,12 @@ import sys
 import threading
 import time
 
-from ray.exceptions import RayTaskError
-
 from raygym.actors.cluster import http_port, kept_logs
+from raygym.actors.learner_recovery import train_through_losses
+from raygym.actors.ray_errors import cause as cause
 from raygym.actors.serving import front_options, with_engine_defaults
 from raygym.actors.session import Session
-from raygym.actors.trainer import Trainer
+from raygym.actors.supervisor import Supervisor
 from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.metrics import validation_metrics
@@ -49,17 +49,19 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
     console.line(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
     if files.moved_to is not None:
         console.line(f"an earlier run of this name is not gone on with and was moved to {files.moved_to}")
-    if resumed is not None:
+    if resumed is not None and resumed.checkpoint is not None:
         console.line(f"resuming {files.path} at step {resumed.step} (checkpoint {resumed.checkpoint.path.name})")
     if files.discarded is not None:
         console.line(f"what it had done after that was moved to {files.discarded}")
-    session = Session(config, model_dir, port, resumed=resumed.rollouts if resumed else None)
+    supervisor = Supervisor(config.supervision, files.event, console.line)
+    rollouts = resumed.rollouts if resumed else None
+    session = Session(config, model_dir, port, resumed=rollouts, supervisor=supervisor)
     try:
         with console.phase("starting engines, learners and environments"):
             session.__enter__()
         ready_s = time.monotonic() - started
         console.line(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
-        summary = Trainer(config, session, files, console, resumed).run()
+        summary = train_through_losses(config, session, files, console, resumed)
     finally:
         try:
             with console.phase("stopping"):
@@ -99,14 +101,3 @@ def prepared(config: RunConfig, model_dir: str) -> tuple[RunConfig, int]:
     front_options(config)
     policy = with_engine_defaults(config.policy, model_dir)
     return config.model_copy(update={"policy": policy}), http_port(policy.http)
-
-
-def cause(error: BaseException) -> str:
-    """The one line that says why: the last line of what the innermost remote error says."""
-    while True:
-        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -17,6 +17,8 @@ from raygym.actors.learner_group import LearnerGroup
 from raygym.actors.nemo_gym import NemoGym
 from raygym.actors.process import freeze_past
 from raygym.actors.rollouts import Rollouts
+from raygym.actors.supervisor import Supervisor
+from raygym.actors.weight_health import WeightHealth
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import RunConfig
 from raygym.rollout_state import RolloutState
@@ -36,6 +38,7 @@ class Session:
         learning: bool = True,
         rolling_out: bool = True,
         resumed: RolloutState | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         """Nothing is started yet.
 
@@ -46,18 +49,21 @@ class Session:
             learning: with learners and the weight group.
             rolling_out: with EnvRunners and the RolloutManager.
             resumed: where the rollouts of an interrupted run stood.
+            supervisor: is told what is lost; by default one with default budgets, which writes nothing.
         """
         self._config = config
         self._model_dir = model_dir
         self._learning = learning
         self._rolling_out = rolling_out
         self._resumed = resumed
+        self.supervisor = supervisor or Supervisor(config.supervision)
         self.port = port
         self._app_guard: AppGuard | None = None
         self._learners: LearnerGroup | None = None
         self._nemo_gym: NemoGym | None = None
         self._rollouts: Rollouts | None = None
         self._weights: WeightSync | None = None
+        self._engines: Any = None
 
     @property
     def learners(self) -> LearnerGroup:
@@ -104,24 +110,54 @@ class Session:
         deploying = pool.submit(serving.deploy, *arguments, leased=self._learning)
         pool.shutdown(wait=False)
         if self._learning:
-            updates = config.steps * config.learner.mini_batches
-            self._learners = LearnerGroup.launch(config.learner, self._model_dir, config.rollout.temperature, updates)
+            self._launch_learners()
         if self._rolling_out:
             self._nemo_gym = NemoGym(config, self.url, config.run_dir / "nemo_gym" if self._learning else None)
             max_model_len = serving.context_length(config.policy, self._model_dir)
             placement = self._nemo_gym.placement
             # Without learners nothing is played for a step to come.
             playing = self._nemo_gym.config.model_copy(update={} if self._learning else {"steps": 0})
-            self._rollouts = Rollouts(playing, self._model_dir, max_model_len, placement, self._resumed)
+            self._rollouts = Rollouts(
+                playing, self._model_dir, max_model_len, placement, self._resumed, self.supervisor
+            )
             self._rollouts.wait_ready(config.policy.startup_timeout_s)
             self._nemo_gym.wait_ready()
-        engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
+        self._engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
         if self._learning:
-            self.learners.wait_ready()
-            policy = config.policy
-            self._weights = WeightSync(config.sync, self.learners, engines, policy.replicas, policy.startup_timeout_s)
-            self._weights.connect()
+            self._connect_learners()
         freeze_past()
+
+    def end_learners(self) -> None:
+        """End what is left of a lost gang, and give its GPUs back. Nothing of it writes files after this."""
+        if self._learners is not None:
+            self._learners.kill()
+            self._learners = None
+
+    def restart_learners(self) -> None:
+        """Start a gang with the starting policy, which is the sender of weights from now on; the engines stay.
+
+        Raises:
+            LearnerError: it could not be started.
+        """
+        self.end_learners()
+        self._launch_learners()
+        self._connect_learners()
+
+    def _launch_learners(self) -> None:
+        learner = self._config.learner
+        updates = self._config.steps * learner.mini_batches
+        self._learners = LearnerGroup.launch(learner, self._model_dir, self._config.rollout.temperature, updates)
+
+    def _connect_learners(self) -> None:
+        self.learners.wait_ready()
+        if self._weights is not None:
+            self._weights.replace_learners(self.learners)
+            return
+        policy, health = self._config.policy, WeightHealth(self.supervisor)
+        self._weights = WeightSync(
+            self._config.sync, self.learners, self._engines, policy.replicas, policy.startup_timeout_s, health
+        )
+        self._weights.connect()
 
     def _stop(self, error: BaseException | None) -> None:
         """End all of it, the last first; whatever becomes of one, the next is ended. A second time, nothing is left.

@@ -13,8 +13,11 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from raygym.actors.collective import CollectiveTimeout
 from raygym.actors.learner_group import LearnerError, LearnerGroup
+from raygym.actors.ray_errors import cause
+from raygym.actors.weight_health import WeightHealth
 from raygym.actors.weight_sender import SentVersion
 from raygym.actors.weight_store import start_store
+from raygym.supervision import Kind
 from raygym.weights import Manifest, WeightsError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +41,9 @@ class StoreGroup:
     comes, the members leave and meet again in a group of another name, since a broken group cannot be mended.
     """
 
-    def __init__(self, manifest: Manifest, learners: LearnerGroup, timeout_s: float) -> None:
+    def __init__(self, manifest: Manifest, learners: LearnerGroup, timeout_s: float, health: WeightHealth) -> None:
         """Nothing is started yet. Raises LearnerError where learner 0 does not answer."""
+        self._health = health
         self._manifest = manifest
         self._learners = learners
         self._timeout_s = timeout_s
@@ -90,6 +94,7 @@ class StoreGroup:
             else:
                 self._stores[node] = store
                 new.add(node)
+                self._health.works(Kind.WEIGHT_STORE, node)
         self._open()
         return new
 
@@ -132,9 +137,8 @@ class StoreGroup:
                     raise GetTimeoutError("no answer")
                 self._answer(reference, _PING_TIMEOUT_S)
             except RayError as error:
-                logger.warning("the weight store of node %s is lost: %s", node, error)
                 lost.add(node)
-                self._drop(node)
+                self._lost(node, error)
         return lost
 
     def close(self) -> None:
@@ -155,8 +159,7 @@ class StoreGroup:
                 self._answer(reference, self._timeout_s)
             except RayError as error:
                 # The others have it all: a broadcast ends for each when it has its own part.
-                logger.warning("the weight store of node %s is lost: %s", node, error)
-                self._drop(node)
+                self._lost(node, error)
         return sent
 
     def _regroup(self) -> None:
@@ -187,6 +190,12 @@ class StoreGroup:
         if store is not self._opened:
             self._learners.call_first("open_slots", store.paths, store.base, timeout_s=self._timeout_s)
             self._opened = store
+
+    def _lost(self, node: str, error: RayError) -> None:
+        why = cause(error)
+        logger.warning("the weight store of node %s is lost: %s", node, why)
+        self._health.lost(Kind.WEIGHT_STORE, node, f"is lost: {why}")
+        self._drop(node)
 
     def _drop(self, node: str) -> None:
         if (store := self._stores.pop(node, None)) is not None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
+from raygym.actors.learner_group import GANG
 from raygym.actors.session import Session
 from raygym.alarm_watch import AlarmWatch
 from raygym.alarms import AlarmStop
@@ -23,6 +24,7 @@ from raygym.rollout_state import RolloutState
 from raygym.run_files import HeldRow, RunFiles
 from raygym.run_row import Row, scalars
 from raygym.schedule import Collected, SchedulerState
+from raygym.supervision import Kind
 from raygym.types import Group, TrainSequence
 from raygym.validation import ValidationStream
 
@@ -70,7 +72,7 @@ class Trainer:
         for step in range(version, self._config.steps):
             with self._timed("step"), self._console.live(f"step {step + 1}"):
                 with self._timed("generate"):
-                    collected = session.rollouts.collect(step, self._console.progress)
+                    collected = session.rollouts.collect(step, self._collecting)
                 sequences = self._train_sequences(collected.groups)
                 self._metrics |= rollout_metrics(collected, version) | batch_metrics(collected.groups, sequences)
                 self._require_finite(step + 1, version, collected)
@@ -88,6 +90,7 @@ class Trainer:
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
                 self._files.rollouts(step + 1, collected)
+                self._metrics |= session.supervisor.take_metrics()
                 self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
             self._last = (self._log(step + 1), collected.state)
             if self._alarms.stop is not None:
@@ -95,6 +98,10 @@ class Trainer:
             if self._checkpoint_due(step + 1):
                 self._save(step + 1, self._last[0], session.rollouts.snapshot(), last=step + 1 == self._config.steps)
         return self._finish(version)
+
+    def abandon(self) -> None:
+        """Leave a run whose learners are lost and whose rollouts were stopped: nothing here writes files any more."""
+        self._validation.abandon()
 
     def _begin(self) -> int:
         """Make everything ready for the next step; returns how many were made."""
@@ -107,9 +114,11 @@ class Trainer:
         self._last = (row, self._resumed.rollouts.scheduler)
         self._alarms.replay(step, [*self._files.scalars, *([] if self._files.has_row(step) else [scalars(row)])])
         with self._console.phase("loading the learners' state"):
-            self._session.learners.load_state(str(self._resumed.checkpoint.state.resolve()))
+            if self._resumed.checkpoint is not None:
+                self._session.learners.load_state(str(self._resumed.checkpoint.state.resolve()))
             self._checksum = self._session.weights.publish(step).checksum
         self._session.rollouts.set_version(step)
+        self._session.supervisor.recovered(Kind.LEARNER, GANG)
         self._validation.rewards.update(self._files.validation_rewards)
         self._console.resume(step)
         if not self._files.has_row(step):
@@ -178,6 +187,10 @@ class Trainer:
         }
         if version:
             summary["weights_checksum"] = self._checksum
+            served = self._session.weights.settle(self._config.sync.timeout_s)
+            summary["replicas"] = {state.replica: state.weights.checksum for state in served}
+        if restarts := self._session.supervisor.restarts:
+            summary["restarts"] = restarts
         if self._resumed is not None:
             summary["resumed_at"] = self._resumed.step
         if version in self._checkpoints.steps():
@@ -214,6 +227,10 @@ class Trainer:
                 require_shared(folder, ("config.json", "training_state/learner.json"))
                 save_run_state(state, rollouts, row, self._validation.due(step))
             self._checkpoints.retain(self._files.scores)
+
+    def _collecting(self, progress: str) -> None:
+        self._session.learners.check_alive()  # they have nothing to do now, so nobody else would notice
+        self._console.progress(progress)
 
     def _validating(self, progress: str) -> None:
         if self._doing != _DOING["generate"]:  # what is told of collecting covers the validation

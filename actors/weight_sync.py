@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ray.exceptions import RayError
@@ -14,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from raygym.actors.learner_group import LearnerError, LearnerGroup
 from raygym.actors.replicas import Replicas
 from raygym.actors.store_group import StoreGroup
+from raygym.actors.weight_health import WeightHealth
 from raygym.actors.weight_sender import SentVersion
 from raygym.config import SyncConfig
 from raygym.lease import LeaseBook, ReplicaState
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 _RESENDS = 3
 _TICK_S = 0.1
 _CATCH_UP_EVERY_S = 0.5
-Told = Callable[[str, str, str], None]
 
 
 @dataclass(slots=True)
@@ -57,7 +56,7 @@ class WeightSync:
         engines: DeploymentHandle[ReplicaState],
         replicas: int,
         startup_timeout_s: float = 600.0,
-        told: Told = lambda what, replica, why: None,
+        health: WeightHealth | None = None,
     ) -> None:
         """Nothing is connected yet.
 
@@ -67,13 +66,14 @@ class WeightSync:
             engines: the deployment.
             replicas: how many it starts with.
             startup_timeout_s: how long a replica may take until it serves, where there is no other.
-            told: gets what happened to a replica (`admitted`, `fenced`), its name, and why; from any thread.
+            health: is told of what is lost and what works again.
         """
         self._config = config
         self._learners = learners
         self._count = replicas
         self._startup_timeout_s = startup_timeout_s
-        self._replicas = Replicas(engines, config.lease_s, self._catch_up_soon, told)
+        self._health = health or WeightHealth()
+        self._replicas = Replicas(engines, config.lease_s, self._catch_up_soon, self._health)
         self._manifest = Manifest("float32", ())
         self._stores: StoreGroup | None = None
         self._slot = 0
@@ -111,7 +111,7 @@ class WeightSync:
         for answer in self._replicas.call("misfit", shapes, timeout_s=self._config.timeout_s):
             if isinstance(answer, str) and answer:
                 raise WeightsError(answer)
-        if not self._replicas.wait_for(self._count, deadline, LeaseBook.serving):
+        if not self._replicas.wait_until(lambda book: len(book.serving()) >= self._count, deadline):
             with self._replicas.book() as book:
                 found = len(book.serving())
             raise TimeoutError(
@@ -139,7 +139,9 @@ class WeightSync:
         Raises:
             LearnerError: a learner failed.
             WeightsError: no replica serves the version in time.
+            GivenUp: replicas or stores were lost more often than the config allows.
         """
+        self._health.check()
         with self._lock:
             calls = self._calls()
             started = time.monotonic()
@@ -183,10 +185,14 @@ class WeightSync:
         with self._replicas.book() as book:
             return book.serving()
 
-    def settle(self, timeout_s: float, replicas: int | None = None) -> list[ReplicaState]:
-        """Wait until so many replicas, by default those of the start, serve the current version; returns who does."""
-        deadline = time.monotonic() + timeout_s
-        self._replicas.wait_for(self._count if replicas is None else replicas, deadline, LeaseBook.serving)
+    def settle(self, timeout_s: float, replicas: int = 1) -> list[ReplicaState]:
+        """Wait until all replicas that answer, and at least so many, serve the current version; returns who does."""
+
+        def settled(book: LeaseBook) -> bool:
+            serving = len(book.serving())
+            return serving >= replicas and serving == len(book.current()) and not book.behind()
+
+        self._replicas.wait_until(settled, time.monotonic() + timeout_s)
         return self.serving()
 
     def close(self) -> None:
@@ -204,7 +210,7 @@ class WeightSync:
         self._manifest = self._learners.call_first(
             "weight_manifest", self._config.bucket_mib << 20, timeout_s=timeout_s
         )
-        self._stores = StoreGroup(self._manifest, self._learners, timeout_s)
+        self._stores = StoreGroup(self._manifest, self._learners, timeout_s, self._health)
 
     def _ensure_stores(self) -> None:
         """There is a store on each node with a replica, with the current version in it."""
@@ -285,7 +291,8 @@ class WeightSync:
 
     def _require_one(self, version: int, outcome: _Outcome) -> None:
         """Wait for a replica that serves the version; one that starts anew catches up by the other thread."""
-        if not self._replicas.wait_for(1, time.monotonic() + self._startup_timeout_s, LeaseBook.serving):
+        deadline = time.monotonic() + self._startup_timeout_s
+        if not self._replicas.wait_until(lambda book: bool(book.serving()), deadline):
             why = "; ".join(outcome.problems()) or "no replica answers"
             raise WeightsError(
                 f"no replica serves version {version} after {self._startup_timeout_s:g} s "

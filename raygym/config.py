@@ -20,6 +20,7 @@ from raygym.in_flight import OnUpdate
 from raygym.learner_config import LearnerConfig
 from raygym.nemo_gym.config import ENV_ID as NEMO_GYM
 from raygym.nemo_gym.config import NemoGymConfig
+from raygym.supervision_config import SupervisionConfig
 from raygym.types import FailureKind
 
 __all__ = ["ConfigError", "LearnerConfig", "Section"]
@@ -285,6 +286,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @property
     def run_dir(self) -> Path:

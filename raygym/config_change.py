@@ -11,7 +11,7 @@ from typing import Any
 # version of the config adds is outside until somebody has thought about it.
 _HARMLESS = re.compile(
     r"""
-    runs_dir | logging\..* | checkpoint\..* | alarms\..* | validation\.(every|deadline_s)
+    runs_dir | logging\..* | checkpoint\..* | alarms\..* | supervision\..* | validation\.(every|deadline_s)
     | .*_timeout_s | sync\.(bucket_mib)
     | policy\.(replicas|gpus_per_replica|api_key_env|strict_sampling|http\..*|sessions\..*)
     | rollout\.(max_concurrent|min_concurrent|concurrency|env_runners|env_runner_memory_mib|max_retries|retries.*

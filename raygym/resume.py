@@ -26,7 +26,8 @@ _FRESH = "--fresh to move the run aside and begin anew"
 class ResumePoint:
     """What a run goes on from."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """None: the starting policy, before the first step."""
     rollouts: RolloutState
     row: Row
     """What was known of the checkpoint's step when it was made: its line in metrics.jsonl, perhaps not written yet."""
@@ -36,7 +37,7 @@ class ResumePoint:
     @property
     def step(self) -> int:
         """Steps that were made; the weight version as well."""
-        return self.checkpoint.step
+        return self.checkpoint.step if self.checkpoint is not None else 0
 
 
 class FinishedError(Exception):
@@ -118,6 +119,16 @@ def resume_point(config: RunConfig, *, allow_change: bool, told: Callable[[str],
         raise ConfigError(f"{error}; restore {checkpoint.path}, or use {_FRESH}") from error
     rollouts = rollouts.resumed(checkpoint.step, config.rollout.groups_per_step, config.rollout.order)
     return ResumePoint(checkpoint, rollouts, row, validated)
+
+
+def rewind_point(config: RunConfig, told: Callable[[str], None]) -> ResumePoint:
+    """Where a run goes on that its own process has stopped: at its newest whole checkpoint, or else at its beginning.
+
+    Raises ConfigError as `resume_point` does. `told` is as there.
+    """
+    # That the config has changed since that checkpoint was allowed when this process began.
+    found = resume_point(config, allow_change=True, told=told)
+    return found or ResumePoint(None, RolloutState(), {}, validated=config.validation.tasks > 0)
 
 
 def checkpoint_store(config: RunConfig) -> CheckpointStore:

@@ -1,4 +1,4 @@
-"""What a run leaves in its directory: config, metrics, trajectories, ledger, alarms, summary."""
+"""What a run leaves in its directory: config, metrics, trajectories, ledger, alarms, events, summary."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from raygym.resume import ResumePoint, checkpoint_store
 from raygym.run_cut import cut_lines, discard_folder, move_into
 from raygym.run_row import Row, json_row, parsed_row, scalars
 from raygym.schedule import Collected
+from raygym.supervision import PartEvent
 from raygym.types import Trajectory
 from raygym.whole_file import write_whole
 
@@ -60,6 +61,7 @@ class RunFiles:
             told: gets lines for a person, from any thread: what waits for room on a full disk.
         """
         self.path = config.run_dir
+        self._config = config
         self.moved_to: Path | None = None
         """Where the earlier run is now."""
         self.discarded: Path | None = None
@@ -70,16 +72,26 @@ class RunFiles:
         """By which everything is written, once the run has begun."""
         self._told = told
         self._best_metric = config.checkpoint.best_metric
+        self._keep_trajectories = config.logging.trajectories
         self._rows: dict[int, Row] = {}
+        self._held: HeldRow | None = None
+        self._tensorboard: Any = None
         if resumed is None:
             self.moved_to = move_aside(self.path)
-        else:
-            self._cut(resumed, checkpoint_store(config))
+        self._open(resumed)
+
+    def rewind(self, to: ResumePoint) -> None:
+        """Go on from there in the same process, as another one would that is started after this one was killed."""
+        self.close()
+        self.scores, self._rows, self._held = {}, {}, None
+        self._open(to)
+
+    def _open(self, resumed: ResumePoint | None) -> None:
+        if resumed is not None:
+            self._cut(resumed, checkpoint_store(self._config))
         (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "config.yaml", dump_config(config))
-        self._keep_trajectories = config.logging.trajectories
-        self._tensorboard = _tensorboard(self.path) if config.logging.tensorboard else None
-        self._held: HeldRow | None = None
+        write_whole(self.path / "config.yaml", dump_config(self._config))
+        self._tensorboard = _tensorboard(self.path) if self._config.logging.tensorboard else None
         for step, row in self._rows.items():
             self._show(step, row)
 
@@ -144,7 +156,8 @@ class RunFiles:
             number = path.name.split("_")[1]
             if number.isdigit() and int(number) > step:
                 move_into(path, discarded / "alarms")
-        checkpoints.move_newer(step, discarded / "checkpoints")
+        if resumed.checkpoint is not None:
+            checkpoints.move_newer(step, discarded / "checkpoints")
         # It shows metrics.jsonl, and is written anew from it.
         move_into(self.path / "tensorboard", discarded)
         move_into(self.path / "summary.json", discarded)
@@ -204,6 +217,10 @@ class RunFiles:
         }
         self._write_whole(folder / "alarm.json", json.dumps(found, indent=2) + "\n")
         return folder
+
+    def event(self, event: PartEvent) -> None:
+        """Append to events.jsonl what happened to a part of the run. It is never cut, since it tells of no step."""
+        self._append("events.jsonl", event.to_json())
 
     def summary(self, result: Mapping[str, Any]) -> None:
         """Write summary.json, the run's end."""

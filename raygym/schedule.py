@@ -16,6 +16,7 @@ from raygym.failure_budget import RolloutStopped, failure_of
 from raygym.open_group import Dropped, Events, GroupState, OpenGroup, SchedulerState
 from raygym.owed_groups import OwedGroups
 from raygym.scheduler_options import SchedulerOptions
+from raygym.supervision import PartEvent
 from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
 
@@ -50,6 +51,8 @@ class Collected:
     """Episodes that might run at once meanwhile: the mean over time."""
     manager_restarts: int = 0
     """RolloutManagers that were lost since the last collection."""
+    part_events: tuple[PartEvent, ...] = ()
+    """What became of EnvRunners since it was asked last."""
 
 
 class Scheduler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 
 from raygym.config import RunConfig
 from raygym.console import RunConsole
@@ -13,6 +14,8 @@ from raygym.schedule import Collected
 from raygym.tasks import validation_tasks
 from raygym.types import Task
 
+# For the row of one that is over already; what plays an abandoned one has ended by then.
+_ABANDONED_WITHIN_S = 60.0
 Play = Callable[[list[Task], Callable[[str], None], float], tuple[Collected, float]]
 """Plays tasks within a deadline in seconds, telling its progress; what came of it, and the seconds it took."""
 
@@ -66,6 +69,14 @@ class ValidationStream:
         if playing is not None:
             # No deadline here: `play` has one.
             playing.result()
+
+    def abandon(self) -> None:
+        """Return when nothing of it runs any more, whatever became of it. Whoever plays it must have been stopped, and
+        nothing can be started after this."""
+        self._thread.shutdown(wait=False)
+        playing, self._playing = self._playing, None
+        if playing is not None:
+            wait_for([playing], _ABANDONED_WITHIN_S)
 
     def _validate(self, step: int, row: HeldRow) -> None:
         collected, seconds = self._play(self._tasks, self._progress, self._options.deadline_s)

@@ -31,7 +31,7 @@ def recoveries(fired: Sequence[Fired], events: Sequence[Mapping[str, Any]]) -> d
 
     Args:
         fired: what happened.
-        events: lines of events.jsonl; `time`, `kind` and `event` are used.
+        events: lines of events.jsonl; `time`, `kind` and `what` are used.
     """
     found: dict[str, list[float]] = {}
     for fault in fired:
@@ -39,7 +39,7 @@ def recoveries(fired: Sequence[Fired], events: Sequence[Mapping[str, Any]]) -> d
         times = [
             datetime.fromisoformat(event["time"]).timestamp()
             for event in events
-            if event["event"] == "recovered" and event["kind"].replace(" ", "_").startswith(suffers or "-")
+            if event["what"] == "recovered" and event["kind"].replace(" ", "_").startswith(suffers or "-")
         ]
         later = [time - fault.seconds_since_epoch for time in times if time >= fault.seconds_since_epoch]
         if later:

@@ -244,10 +244,10 @@ def test_recoveries_are_from_a_fault_to_the_next_recovery_of_its_kind() -> None:
         Fired("2026-01-01T00:00:11.000+00:00", 1, "disk.append", "fill_disk"),
     ]
     events = [
-        {"time": "2026-01-01T00:00:02+00:00", "kind": "env_runner", "event": "recovered"},
-        {"time": "2026-01-01T00:00:04+00:00", "kind": "learner", "event": "recovered"},
-        {"time": "2026-01-01T00:00:11+00:00", "kind": "learner", "event": "lost"},
-        {"time": "2026-01-01T00:00:16+00:00", "kind": "learner", "event": "recovered"},
+        {"time": "2026-01-01T00:00:02+00:00", "kind": "env_runner", "what": "recovered"},
+        {"time": "2026-01-01T00:00:04+00:00", "kind": "learner", "what": "recovered"},
+        {"time": "2026-01-01T00:00:11+00:00", "kind": "learner", "what": "lost"},
+        {"time": "2026-01-01T00:00:16+00:00", "kind": "learner", "what": "recovered"},
     ]
     assert recoveries(fired, events) == {"learner/kill": [4.0, 6.0]}
     assert report({"learner/kill": [4.0, 6.0]}) == {"learner/kill": {"recoveries": 2, "p50_s": 5.0, "max_s": 6.0}}

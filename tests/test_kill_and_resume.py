@@ -1,7 +1,11 @@
-"""`raygym train` in processes of its own, parts of which are killed at a moment drawn by a seed, and started again."""
+"""`raygym train` in processes of its own, parts of which are killed at a moment drawn by a seed, and started again.
+
+A lost manager or learner is made good by the run itself; what else is lost, by starting it again.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -44,6 +48,7 @@ CLOCKS = (
     "sync/broadcast_s",
     "sync/apply_s",
     "sync/gib_per_s",
+    "supervision/",
 )
 SIMULATED = ["policy.engine=simulated", "policy.simulated.turn_latency_s=0.1"]
 # One turn after the other: what shares a batch changes the last bits of a real engine's numbers.
@@ -169,8 +174,9 @@ def test_a_killed_part_costs_no_task_and_repeats_none(
     time.sleep(draw.random())
     below = driver.children(recursive=True)
     kill(VICTIMS[victim](driver))
-    if victim == "manager":  # it has a successor, and the run goes on
+    if victim in ("manager", "learner"):  # it has a successor, and the run goes on
         finish(first)
+        assert recovered(run) == [victim]
     else:
         output = finish(first, -signal.SIGKILL if victim == "trainer" else 1)
         if victim != "trainer":  # without a cluster, Ray ends the process in its own words
@@ -183,6 +189,73 @@ def test_a_killed_part_costs_no_task_and_repeats_none(
     assert shown(run) == shown(whole), "it is the run that nobody has disturbed"
     assert len({row["sync/checksum"] for row in rows(run) if "sync/checksum" in row}) == STEPS, "every step learned"
     assert "has made its" in finish(start(tmp_path, "killed", ENGINES[engine]))
+
+
+@pytest.mark.parametrize("validate_every", [1, pytest.param(3, marks=only_long)])
+def test_learners_that_are_lost_twice_are_started_again_in_place(
+    validate_every: int, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    """First without a checkpoint, then with one. Engines and runners stay, and the result is that of a whole run."""
+    run = tmp_path / "runs/lost"
+    process = start(tmp_path, "lost", SIMULATED, **{"validation.every": validate_every})
+    driver = psutil.Process(process.pid)
+    wait_for_step(run, 1)
+    stay = named(driver, "ray::ServeReplica", "ray::EnvRunner")
+    kill(named(driver, "ray::LearnerActor"))
+    wait_for_event(run, "recovered")
+    wait_for_step(run, 3)
+    kill(named(driver, "ray::LearnerActor"))
+    wait_for_event(run, "recovered", 2)
+    assert all(part.is_running() for part in stay)
+    output = finish(process)
+    audit(run, STEPS)
+    assert [event["what"] for event in events(run)] == ["lost", "restarted", "recovered"] * 2
+    assert recovered(run) == ["learner", "learner"]
+    lost, _, back = events(run)[:3]
+    assert "learner rank 0 of 1 failed in" in lost["cause"] and back["recovery_s"] > 0
+    assert f"the learner gang is back after {back['recovery_s']:.1f} s" in output
+    assert {path.name[-12:] for path in (run / "discarded").iterdir()} == {"after-step-0", "after-step-2"}
+    if validate_every == 3:
+        assert shown(run) == shown(uninterrupted("simulated"))
+    else:  # a validation was in flight each time; it is there, once
+        assert all("val/failed" in row for row in rows(run))
+        ours, theirs = ([row.get("sync/checksum") for row in rows(path)] for path in (run, uninterrupted("simulated")))
+        assert ours == theirs
+    assert [row["supervision/learner_restarts"] for row in rows(run) if "supervision/learner_restarts" in row] == [1]
+    assert json.loads((run / "summary.json").read_text())["restarts"] == {"learner": 2}
+
+
+def test_a_rank_that_hangs_is_lost_with_its_gang(tmp_path: Path) -> None:
+    """Two ranks under ZeRO-3, one of which is stopped."""
+    run = tmp_path / "runs/hung"
+    options = {"learner.num_learners": 2, "learner.deepspeed": "{zero_optimization: {stage: 3}}"}
+    process = start(tmp_path, "hung", SIMULATED, **options, **{"learner.update_timeout_s": 30, "checkpoint.every": 1})
+    wait_for_step(run, 2)
+    ranks = named(psutil.Process(process.pid), "ray::LearnerActor")
+    assert len(ranks) == 2
+    ranks[1].suspend()
+    finish(process)
+    audit(run, STEPS)
+    assert recovered(run) == ["learner"]
+    # The stopped one leaves the other waiting, and whichever is found first is named.
+    assert "learner rank" in events(run)[0]["cause"]
+
+
+def test_learners_that_are_lost_too_often_end_the_run_with_the_cause(tmp_path: Path) -> None:
+    run = tmp_path / "runs/budget"
+    process = start(tmp_path, "budget", SIMULATED, **{"supervision.learner_restarts": 0})
+    driver = psutil.Process(process.pid)
+    wait_for_step(run, 1)
+    below = driver.children(recursive=True)
+    kill(named(driver, "ray::LearnerActor"))
+    output = finish(process, 1)
+    assert_gone(below)
+    (told,) = (line for line in output.splitlines() if line.startswith("raygym: train failed: "))
+    assert told.startswith("raygym: train failed: learner rank 0 of 1 failed in ")
+    assert "supervision.learner_restarts allows 0" in told
+    assert output.index("the learner gang is given up: learner rank 0 of 1") < output.index("stopping")
+    assert [event["what"] for event in events(run)] == ["lost", "given_up"]
+    assert "Traceback" not in output
 
 
 @only_long
@@ -204,6 +277,23 @@ def test_with_stale_data_what_was_whole_is_trained_once(tmp_path: Path) -> None:
     audit(run, STEPS)
     assert any((run / "checkpoints").glob("step_*/training_state/groups.safetensors"))
     assert all(row["policy/staleness_max"] <= 2 for row in rows(run)[1:])
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    path = run / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def recovered(run: Path) -> list[str]:
+    """Kinds of what was lost and is back."""
+    return [event["kind"] for event in events(run) if event["what"] == "recovered"]
+
+
+def wait_for_event(run: Path, what: str, times: int = 1) -> None:
+    deadline = time.monotonic() + 240
+    while [event["what"] for event in events(run)].count(what) < times:
+        assert time.monotonic() < deadline, f"{events(run)}: expected {what}"
+        time.sleep(0.01)
 
 
 def shown(run: Path) -> list[dict[str, Any]]:

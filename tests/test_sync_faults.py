@@ -18,6 +18,7 @@ from weight_files import ModelFiles, simulated_engines
 
 from raygym.config import SyncConfig
 from raygym.lease import ReplicaState
+from raygym.supervision import Kind, PartEvent, What
 from raygym.types import EpisodeFailure, Generation, Sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -29,15 +30,16 @@ class Fleet:
     """Two replicas, a sender, and turns that never stop."""
 
     def __init__(self, handle: Any, app: str, files: ModelFiles) -> None:
+        from raygym.actors.supervisor import Supervisor
+        from raygym.actors.weight_health import WeightHealth
         from raygym.actors.weight_sync import WeightSync
 
         self.files = files
         self.app = app
-        self.told: list[tuple[str, str]] = []
+        self.events: list[PartEvent] = []
         config = SyncConfig(lease_s=LEASE_S, timeout_s=TIMEOUT_S, bucket_mib=1)
-        self.sync = WeightSync(
-            config, cast(Any, files), handle, 2, 120.0, lambda what, replica, why: self.told.append((what, replica))
-        )
+        health = WeightHealth(Supervisor(record=self.events.append))
+        self.sync = WeightSync(config, cast(Any, files), handle, 2, 120.0, health)
         self.version = 0
         self.asked: list[tuple[float, float, Generation]] = []
         """When it was asked, when it was answered, and the answer."""
@@ -138,7 +140,7 @@ def test_what_kills_stops_or_changes_something_costs_no_version(two: Fleet) -> N
     """One fleet for all, since it takes long to start: each part ends with two replicas that serve what is current."""
     for part in (in_peace, other_bytes, a_killed_replica, a_stopped_replica, a_killed_store, all_killed):
         part(two)
-        states = two.sync.settle(60)
+        states = two.sync.settle(60, 2)
         assert len(states) == 2, part.__name__
         assert {state.weights.version for state in states} == {two.version}, part.__name__
         assert len({state.weights.checksum for state in states}) == 1
@@ -153,7 +155,7 @@ def in_peace(two: Fleet) -> None:
     current_only(two, began)
     assert two.publish().control_calls <= 4 + 2
     assert not two.failures
-    assert [what for what, _ in two.told] == ["admitted"] * 2 and two.sync.epoch == 2
+    assert two.events == [] and two.sync.epoch == 2
 
 
 def other_bytes(two: Fleet) -> None:
@@ -173,9 +175,11 @@ def a_killed_replica(two: Fleet) -> None:
     began = time.monotonic()
     two.wait_for_answers(began)
     current_only(two, began)
-    after = two.sync.settle(60)
+    after = two.sync.settle(60, 2)
     assert len(after) == 2 and len(pids(after) - pids(before)) == 1
-    assert ("fenced", victim.replica) in two.told
+    told = [(event.what, event.kind, event.name) for event in two.events]
+    name = f"replica {victim.replica}"
+    assert told == [(What.LOST, Kind.REPLICA, name), (What.RECOVERED, Kind.REPLICA, name)]
     assert victim.replica not in {state.replica for state in after}
 
 
@@ -195,7 +199,7 @@ def a_stopped_replica(two: Fleet) -> None:
     finally:
         os.kill(victim.pid, signal.SIGCONT)
     began = time.monotonic()
-    after = two.sync.settle(60)
+    after = two.sync.settle(60, 2)
     assert pids(after) == pids(before), "it is admitted again"
     two.wait_for_answers(time.monotonic(), 40)
     current_only(two, began)
@@ -208,6 +212,7 @@ def a_killed_store(two: Fleet) -> None:
     assert published.replicas == 2 and published.resent_buckets > 0
     (other,) = stores()
     assert other.pid != store.pid
+    assert [event.what for event in two.events if event.kind is Kind.WEIGHT_STORE] == [What.LOST, What.RECOVERED]
 
 
 def all_killed(two: Fleet) -> None:
@@ -216,7 +221,7 @@ def all_killed(two: Fleet) -> None:
         os.kill(state.pid, signal.SIGKILL)
     published = two.publish()
     assert published.replicas >= 1, "it waited for a successor"
-    after = two.sync.settle(60)
+    after = two.sync.settle(60, 2)
     assert len(pids(after) - pids(before)) == 2
     began = time.monotonic()
     two.wait_for_answers(began)

@@ -19,14 +19,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 def test_each_node_receives_once_and_one_that_is_lost_is_left_out(ray_cluster: None) -> None:
     here = ray.get_runtime_context().get_node_id()
-    told: list[tuple[str, str]] = []
     with (
         more_nodes(2, "--num-cpus=2") as (first, second),
         simulated_engines("nodes", 4, turn_latency_s=0.05) as (handle, model_dir),
     ):
         files = ModelFiles(model_dir, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
         config = SyncConfig(lease_s=4, timeout_s=30, bucket_mib=1)
-        sync = WeightSync(config, cast(Any, files), handle, 4, 120.0, lambda what, name, why: told.append((what, name)))
+        sync = WeightSync(config, cast(Any, files), handle, 4, 120.0)
         try:
             sync.connect()
             nodes = {state.node for state in sync.serving()}
@@ -45,7 +44,7 @@ def test_each_node_receives_once_and_one_that_is_lost_is_left_out(ray_cluster: N
             files.call("change", 3)
             published = sync.publish(3)
             assert published.replicas >= 1
-            after = sync.settle(120)
+            after = sync.settle(120, 4)
             assert len(after) == 4 and {state.weights.version for state in after} == {3}
             assert lost.node_id not in {state.node for state in after}
             files.call("change", 4)
@@ -60,7 +59,7 @@ def test_each_node_receives_once_and_one_that_is_lost_is_left_out(ray_cluster: N
                 ray.kill(store)
                 files.call("change", 5)
                 assert sync.publish(5).replicas >= 1
-                assert len(sync.settle(60)) == 4
+                assert len(sync.settle(60, 4)) == 4
         finally:
             sync.close()
             ray.kill(files.actor)

@@ -18,16 +18,18 @@ from rich.console import Console
 from test_run_files import collected
 
 from raygym.actors.session import Session
+from raygym.actors.supervisor import Supervisor
 from raygym.actors.trainer import Trainer
 from raygym.alarms import AlarmStop
 from raygym.config import RunConfig
 from raygym.config_file import parse_config
 from raygym.console import RunConsole
+from raygym.lease import ReplicaState
 from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected, SchedulerState
 from raygym.types import Task
-from raygym.weights import Published
+from raygym.weights import Published, WeightsId
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -40,6 +42,7 @@ class Everything:
         self.validated: list[int] = []
         self.begun = defaultdict[str, threading.Event](threading.Event)
         self.rollouts = self.learners = self.weights = self
+        self.supervisor = Supervisor()
         self.learning_fails_at = -1
         self.learned: dict[int, dict[str, float]] = {}
         """What an update tells, by its number from 1; zeros otherwise."""
@@ -66,10 +69,16 @@ class Everything:
         self.begun[f"after {self.version}"].set()
         return defaultdict(float, {"tokens_trained": 1.0} | self.learned.get(self._updates, {}))
 
+    def check_alive(self) -> None:
+        pass
+
     def publish(self, version: int) -> Published:
         assert not self.validating
         self.version = version
         return Published(version, "sum", 1, 1.0, 1.0)
+
+    def settle(self, timeout_s: float) -> list[ReplicaState]:
+        return [ReplicaState("r", "n", WeightsId(self.version, "sum"), 0.0)]
 
     def set_version(self, version: int) -> None:
         assert version == self.version
