@@ -15,9 +15,12 @@ from raygym.models import resolve_policy
 from raygym.weights import Manifest, plan_manifest
 
 
+_STEP = 0.07
+
+
 def changed_weights(original: dict[str, torch.Tensor], version: int) -> dict[str, torch.Tensor]:
     """What `ModelFiles` makes of the policy's files, so that versions are told apart by their logprobs."""
-    return {name: weight * (1 + 0.07 * version) for name, weight in original.items()}
+    return {name: weight * (1 + _STEP * version) for name, weight in original.items()}
 
 
 class ModelFiles:
@@ -32,7 +35,7 @@ class ModelFiles:
         from raygym.actors.weight_sender import WeightSender
         from raygym.weight_slots import OpenSlots
 
-        changed = changed_weights
+        step = _STEP
 
         class Sender:  # in here, since workers cannot import this module
             def __init__(self) -> None:
@@ -46,7 +49,7 @@ class ModelFiles:
                 return plan_manifest([(name, w.shape) for name, w in self.weights.items()], "float32", bucket_bytes)
 
             def change(self, version: int) -> None:
-                self.weights = changed(self.original, version)
+                self.weights = {name: weight * (1 + step * version) for name, weight in self.original.items()}
 
             def corrupt(self, times: int) -> None:
                 self.corrupted = times
