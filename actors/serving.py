@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve._private.common import DeploymentID
 from ray.serve.config import HTTPOptions, RequestRouterConfig
+from ray.serve.context import _get_global_client as get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -33,6 +36,7 @@ _CPU_ENGINE_ENV = {
 # Blocks of 32 tokens, the smallest that vLLM takes on CPU: its default of 128 caches nothing of a short history.
 _CPU_ENGINE_OPTIONS: dict[str, Any] = {"enforce_eager": True, "dtype": "float32", "block_size": 32}
 _CPU_BATCH_TOKENS = 4096
+_SCALE_TIMEOUT_S = 30.0
 _EVERY_ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -164,7 +168,7 @@ def deploy(
     )
     application = deployment.bind(config, model_dir, front, leased)
     try:
-        return serve.run(application, name=app_name(run_name), route_prefix="/")
+        return serve.run(application, name=app_name(run_name), route_prefix="/", external_scaler_enabled=True)
     except RuntimeError as error:
         reason = _replica_error(app_name(run_name)) or str(error)
         raise RuntimeError(f"a PolicyServer replica could not start: {reason}") from None
@@ -197,6 +201,30 @@ def broadcast(
     if len(answers) != replicas:
         raise RuntimeError(f"PolicyServer.{method}: {len(answers)} replicas answered, expected {replicas}")
     return answers
+
+
+def scale(run_name: str, replicas: int) -> None:
+    """Change how many replicas a deployed PolicyServer has; returns at once.
+
+    Those that come take turns as soon as they hold the current weights. Those that go finish nothing: what they had in
+    hand is tried again elsewhere.
+
+    Args:
+        run_name: as it was deployed.
+        replicas: from now on.
+
+    Raises:
+        ConfigError: nothing of this name is deployed, or there would be no replica.
+    """
+    if replicas < 1:
+        raise ConfigError(f"policy.replicas: {replicas} leaves nobody to take turns; expected 1 or more")
+    app = app_name(run_name)
+    if app not in serve.status().applications:
+        raise ConfigError(f"name: no run {run_name} is deployed on this cluster; expected a run that is going on")
+    # What Serve's own HTTP endpoint for scalers calls; that one needs the cluster's dashboard.
+    controller = get_global_client()._controller
+    target = DeploymentID(name=DEPLOYMENT, app_name=app)
+    ray.get(controller.update_deployment_replicas.remote(target, replicas), timeout=_SCALE_TIMEOUT_S)
 
 
 def undeploy(run_name: str) -> None:

@@ -58,6 +58,7 @@ class Session:
         self._resumed = resumed
         self.supervisor = supervisor or Supervisor(config.supervision)
         self.port = port
+        self._stopped = False
         self._app_guard: AppGuard | None = None
         self._learners: LearnerGroup | None = None
         self._nemo_gym: NemoGym | None = None
@@ -166,6 +167,9 @@ class Session:
 
         A second interrupt skips what is being waited for: the cluster's end, or that of our job, ends it as well.
         """
+        if self._stopped:  # Ray would start another cluster to look for what is gone
+            return
+        self._stopped = True
         with ExitStack() as stack:
             # The logs of a run that failed may say why.
             failed = error is not None and not isinstance(error, KeyboardInterrupt)

@@ -138,8 +138,10 @@ def stores() -> list[psutil.Process]:
 
 def test_what_kills_stops_or_changes_something_costs_no_version(two: Fleet) -> None:
     """One fleet for all, since it takes long to start: each part ends with two replicas that serve what is current."""
-    for part in (in_peace, other_bytes, a_killed_replica, a_stopped_replica, a_killed_store, all_killed):
+    for part in (in_peace, other_bytes, a_killed_replica, a_stopped_replica, a_killed_store, all_killed, more, fewer):
         part(two)
+        if part is more:
+            continue
         states = two.sync.settle(60, 2)
         assert len(states) == 2, part.__name__
         assert {state.weights.version for state in states} == {two.version}, part.__name__
@@ -223,6 +225,28 @@ def all_killed(two: Fleet) -> None:
     assert published.replicas >= 1, "it waited for a successor"
     after = two.sync.settle(60, 2)
     assert len(pids(after) - pids(before)) == 2
+    began = time.monotonic()
+    two.wait_for_answers(began)
+    current_only(two, began)
+
+
+def more(two: Fleet) -> None:
+    from raygym.actors.serving import scale
+
+    scale("two", 3)
+    assert len(two.sync.settle(60, 3)) == 3, "the third has caught up"
+    assert two.publish().replicas == 3
+
+
+def fewer(two: Fleet) -> None:
+    from raygym.actors.serving import scale
+
+    scale("two", 2)
+    deadline = time.monotonic() + 60
+    while len(two.sync.serving()) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert two.publish().replicas == 2
     began = time.monotonic()
     two.wait_for_answers(began)
     current_only(two, began)

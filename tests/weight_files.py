@@ -14,7 +14,6 @@ from raygym.config import PolicyConfig
 from raygym.models import resolve_policy
 from raygym.weights import Manifest, plan_manifest
 
-
 _STEP = 0.07
 
 
