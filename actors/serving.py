@@ -222,9 +222,10 @@ def scale(run_name: str, replicas: int) -> None:
     if app not in serve.status().applications:
         raise ConfigError(f"name: no run {run_name} is deployed on this cluster; expected a run that is going on")
     # What Serve's own HTTP endpoint for scalers calls; that one needs the cluster's dashboard.
-    controller = get_global_client()._controller
+    client = get_global_client()
+    assert client is not None, "its status was told just now"
     target = DeploymentID(name=DEPLOYMENT, app_name=app)
-    ray.get(controller.update_deployment_replicas.remote(target, replicas), timeout=_SCALE_TIMEOUT_S)
+    ray.get(client._controller.update_deployment_replicas.remote(target, replicas), timeout=_SCALE_TIMEOUT_S)
 
 
 def undeploy(run_name: str) -> None:
