@@ -221,7 +221,7 @@ def test_learners_that_are_lost_twice_are_started_again_in_place(
         assert all("val/failed" in row for row in rows(run))
         ours, theirs = ([row.get("sync/checksum") for row in rows(path)] for path in (run, uninterrupted("simulated")))
         assert ours == theirs
-    assert [row["supervision/learner_restarts"] for row in rows(run) if "supervision/learner_restarts" in row] == [1]
+    assert [row["supervision/learner_restarts"] for row in rows(run) if "supervision/learner_restarts" in row] == [1, 1]
     assert json.loads((run / "summary.json").read_text())["restarts"] == {"learner": 2}
 
 
