@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,15 @@ import pytest
 
 # Imports make many objects that live on; looking through them again and again takes a tenth of the pure tests.
 gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Pure tests compute with tiny tensors: a second thread doubles their processor time and gains nothing.
+
+    Not where Ray is started, whose actors would inherit it.
+    """
+    if "not ray" in config.option.markexpr:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from raygym.concurrency import AdaptiveConcurrency
 from raygym.load_meter import LoadMeter
@@ -183,7 +184,7 @@ def test_the_mean_is_over_the_observations() -> None:
     assert driven.control.take_mean() == 32
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(30, 60), deadline=None)
 @given(
     data=st.data(),
     least=st.integers(1, 40),

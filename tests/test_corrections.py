@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import make_sequence
+from tiers import examples
 
 from raygym.algorithms.corrections import LARGEST_LOG_RATIO, correction_weights
 from raygym.algorithms.losses import KL_ESTIMATORS
@@ -74,7 +75,7 @@ def by_sequence(
     st.floats(1.01, 6),
     st.floats(0.1, 0.99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(25, 60))
 def test_weights_equal_the_formulas(
     correction: Correction, tokens: list[tuple[float, float, bool, int]], cap: float, low: float
 ) -> None:
@@ -229,7 +230,7 @@ def test_loss_and_gradient_equal_the_formulas(method: dict[str, Any]) -> None:
     st.integers(1, 80),
     st.sampled_from(ALLOWED),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(30, 80))
 def test_ranks_micro_batches_and_packing_change_nothing(
     lengths: list[int], ranks: int, budget: int, method: dict[str, Any]
 ) -> None:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import make_sequence
+from tiers import examples
 
 from raygym.forest_packing import assign_forests, pack_forest
 from raygym.prefix_forest import build_forest
@@ -30,7 +31,7 @@ def computed(sequences: list[Int32Array]) -> int:
 
 
 @given(groups(), st.integers(1, 5), st.integers(1, 400))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(50, 150))
 def test_every_sequence_once_same_count_within_budget(sequences: list[Int32Array], ranks: int, budget: int) -> None:
     shares = assign_forests(sequences, ranks, budget)
     assert len(shares) == ranks
@@ -42,7 +43,7 @@ def test_every_sequence_once_same_count_within_budget(sequences: list[Int32Array
 
 
 @given(groups(), st.integers(1, 5))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(40, 100))
 def test_no_rank_computes_more_than_its_part_and_one_sequence(sequences: list[Int32Array], ranks: int) -> None:
     shares = assign_forests(sequences, ranks, 10**9)
     loads = [sum(computed([sequences[index] for index in batch]) for batch in share) for share in shares]
@@ -63,7 +64,7 @@ def test_groups_stay_together_where_they_can(ranks: int) -> None:
 
 
 @given(groups())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(30, 60))
 def test_pack_predicts_each_trained_token_from_the_one_before(token_ids: list[Int32Array]) -> None:
     sequences = []
     for seed, ids in enumerate(token_ids):

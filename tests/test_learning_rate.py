@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import make_sequence
+from tiers import examples
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -45,7 +46,7 @@ def test_the_warmup_is_linear_and_reaches_the_peak(schedule: str) -> None:
     assert found == pytest.approx([5e-6, 1e-5, 1.5e-5, 2e-5, 2e-5])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(40, 100), deadline=None)
 @given(
     schedule=st.sampled_from(["linear", "cosine"]),
     warmup=st.integers(0, 20),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from raygym.algorithms.losses import (
     TokenLosses,
@@ -89,7 +90,7 @@ def token_losses(
 
 @pytest.mark.parametrize("name", ["clip", "dual", "cispo", "reinforce"])
 @given(st.lists(token, min_size=1, max_size=20), st.floats(0.05, 1), st.floats(0.05, 0.9))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(20, 40))
 def test_losses_equal_a_token_by_token_reference(
     name: str, tokens: list[tuple[float, float, float, bool]], low: float, high: float
 ) -> None:
@@ -105,7 +106,7 @@ def test_losses_equal_a_token_by_token_reference(
 
 
 @given(st.lists(st.tuples(token, st.integers(0, 3)), min_size=4, max_size=20), st.floats(0.05, 1), st.floats(0.05, 0.9))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(20, 40))
 def test_gspo_has_one_ratio_for_the_tokens_of_a_sequence_wherever_they_lie(
     tokens: list[tuple[tuple[float, float, float, bool], int]], low: float, high: float
 ) -> None:

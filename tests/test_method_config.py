@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_config import MINIMAL
+from tiers import examples
 
 from raygym.algorithms.presets import PRESETS
 from raygym.config import ConfigError, LearnerConfig, RunConfig
@@ -62,7 +63,7 @@ OVERRIDES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(30, 150), deadline=None)
 @given(learner=CHOICES, staleness=st.sampled_from([0, 2]), overrides=OVERRIDES)
 def test_a_written_config_takes_overrides_as_the_original_does(
     learner: dict[str, Any], staleness: int, overrides: list[str]

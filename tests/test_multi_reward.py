@@ -7,6 +7,7 @@ import math
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from raygym.algorithms.advantages import group_normalized
 from raygym.algorithms.multi_reward import decoupled_normalized, weighted_reward
@@ -36,7 +37,7 @@ def published(groups: list[list[dict[str, float]]], weights: dict[str, float]) -
 
 
 @given(st.lists(st.lists(episode, min_size=2, max_size=6), min_size=1, max_size=4), weights)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(40, 100), deadline=None)
 def test_it_equals_the_formula(groups: list[list[dict[str, float]]], weights: dict[str, float]) -> None:
     got = decoupled_normalized(groups, weights)
     for found, expected in zip(got, published(groups, weights), strict=True):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import make_sequence
+from tiers import examples
 
 from raygym.algorithms.losses import KL_ESTIMATORS
 from raygym.algorithms.means import mini_batch_divisor
@@ -153,7 +154,7 @@ def test_loss_and_gradient_equal_the_formulas(method: dict[str, Any], kl: dict[s
     st.sampled_from([0.0, 0.1]),
     st.sets(st.integers(0, 9)),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(25, 60))
 def test_ranks_micro_batches_and_packing_change_nothing(
     lengths: list[int], ranks: int, budget: int, method: dict[str, Any], kl_coef: float, without_signal: set[int]
 ) -> None:

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from raygym.packing import assign_micro_batches, pack
 from raygym.types import TrainSequence
@@ -23,7 +24,7 @@ def cells(lengths: list[int], indices: tuple[int, ...]) -> int:
 
 
 @given(lengths_strategy, st.integers(1, 5), st.integers(1, 1000))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(30, 60))
 def test_every_sequence_once_same_count_within_budget(lengths: list[int], num_ranks: int, budget: int) -> None:
     ranks = assign_micro_batches(lengths, num_ranks, budget)
     assert len(ranks) == num_ranks

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from raygym.config import ConfigError, RolloutConfig
 from raygym.config_file import parse_config
@@ -72,7 +73,7 @@ def played(assignment: Assignment, reward: float = 1.0) -> Trajectory:
 LOST = EpisodeFailure(FailureKind.ENV_LOST, "gone")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(80, 200), deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     failure_rate=st.floats(0, 0.4),

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from raygym.changed_positions import (
     CHUNK,
@@ -58,6 +59,7 @@ def changed_bits(elements: int, share: float, seed: int, dtype: str) -> tuple[np
     return held, new
 
 
+@settings(deadline=None, max_examples=examples(60, 1000))
 @given(st.one_of(st.integers(0, 40), st.integers(CHUNK - 9, CHUNK + 9)), shares, seeds, dtypes)
 def test_without_a_threshold_every_bit_arrives(elements: int, share: float, seed: int, dtype: str) -> None:
     held, new = changed_bits(elements, share, seed, dtype)
@@ -70,6 +72,7 @@ def test_without_a_threshold_every_bit_arrives(elements: int, share: float, seed
     assert len(encoded.data) <= new.nbytes + 56  # never more than a header above the whole bucket
 
 
+@settings(deadline=None, max_examples=examples(60, 1000))
 @given(
     st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=24),
     st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=24),
@@ -87,6 +90,7 @@ def test_nan_infinities_and_signed_zeros(old: list[float], now: list[float], thr
         assert same or (threshold and abs(exact[i] - got[i]) <= threshold), (old[i], now[i], got[i])
 
 
+@settings(deadline=None, max_examples=examples(60, 1000))
 @given(st.integers(1, 400), st.sampled_from([1e-6, 1e-3, 0.1]), st.integers(1, 8), seeds, dtypes)
 def test_errors_stay_below_the_threshold_over_versions(
     elements: int, threshold: float, versions: int, seed: int, dtype: str
@@ -152,6 +156,7 @@ damage = st.one_of(
 )
 
 
+@settings(deadline=None, max_examples=examples(60, 1000))
 @given(st.sampled_from([0.0, 0.02, 0.3, 1.0]), damage, seeds, dtypes)
 def test_what_is_damaged_is_refused_and_nothing_of_it_applied(
     share: float, how: tuple[str, float, int], seed: int, dtype: str
@@ -258,6 +263,7 @@ def test_a_version_is_summed_up() -> None:
     assert summarize([]).sent_share == 0
 
 
+@settings(deadline=None, max_examples=examples(60, 1000))
 @given(st.integers(1, 3000), st.floats(0, 1), seeds)
 def test_positions_come_back_from_both_forms(elements: int, share: float, seed: int) -> None:
     mask = np.random.default_rng(seed).random(elements) < share**4
