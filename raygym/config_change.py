@@ -12,7 +12,7 @@ from typing import Any
 _HARMLESS = re.compile(
     r"""
     runs_dir | logging\..* | checkpoint\..* | alarms\..* | supervision\..* | validation\.(every|deadline_s)
-    | .*_timeout_s | sync\.(bucket_mib)
+    | .*_timeout_s | sync\.(bucket_mib|lease_s)
     | policy\.(replicas|gpus_per_replica|api_key_env|strict_sampling|http\..*|sessions\..*)
     | rollout\.(max_concurrent|min_concurrent|concurrency|env_runners|env_runner_memory_mib|max_retries|retries.*
         |max_failures_in_a_row|max_replaced_groups|max_uniform_groups)
