@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,7 +32,6 @@ from raygym.weights import WeightsId
 if TYPE_CHECKING:
     from raygym.actors.learner_group import LearnerGroup
     from raygym.actors.weight_sync import WeightSync
-    from raygym.weights import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -203,15 +202,14 @@ def logprobs_of(policy: Any, prompt: Int32Array, answer: Generation) -> Any:
 def update_in_flight(engines: Engines, learners: Any) -> None:
     """With real weights: what each policy makes of the turns of the old version."""
 
-    def publish(on_update: OnUpdate) -> Published:
+    def publishes(on_update: OnUpdate) -> AbstractContextManager[WeightSync]:
         engines.version += 1
-        with connected(SyncConfig(bucket_mib=1, on_update=on_update), learners, engines) as sync:
-            return sync.publish(engines.version)
+        return connected(SyncConfig(bucket_mib=1, on_update=on_update), learners, engines)
 
     learners.update(sequences(asked := prompts(8), engines.sample(asked)))
     streamed = {"stream": True, "ignore_eos": True}
-    with in_flight(engines, 4, 240, streamed) as (turns, chat):
-        publish("keep")
+    with publishes("keep") as sync, in_flight(engines, 4, 240, streamed) as (turns, chat):
+        sync.publish(engines.version)
         answers = [turn.result(timeout_s=60) for turn in turns]
         versions_in_chat = chat.result()
     old, new = engines.version - 1, engines.version
@@ -229,8 +227,8 @@ def update_in_flight(engines: Engines, learners: Any) -> None:
         assert difference[answer.weight_versions == old].max() > 1e-3
 
     for on_update, restarted in (("finish_turn", 0), ("restart_turn", 4)):
-        with in_flight(engines, 4, 120, streamed) as (turns, chat):
-            published = publish(on_update)
+        with publishes(on_update) as sync, in_flight(engines, 4, 120, streamed) as (turns, chat):
+            published = sync.publish(engines.version)
             answers = [turn.result(timeout_s=60) for turn in turns]
             first, *_, last = chat.result()
         assert (published.turns_restarted, published.turns_late) == (restarted, 0)
@@ -278,6 +276,7 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, the
                 assert np.abs(logprobs - sequence.logprobs)[sequence.loss_mask].max() < 1e-3
         assert len(set(checksums)) == syncs + 1, "an update changed nothing"
         if then is not None:
+            opened.close()  # two that both say what is current would fight
             then(engines, learners)
     finally:
         opened.close()
