@@ -90,27 +90,32 @@ class Replicas:
                 self._health.works(Kind.REPLICA, state.replica)
             self._changed.notify_all()
 
+    def admitted(self) -> set[str]:
+        """Names of the replicas that were admitted and not fenced since."""
+        with self._changed:
+            return self._book.admitted()
+
     def unanswered(self, answered: set[str]) -> bool:
         """Whether a replica that may be serving is not among these."""
         with self._changed:
             return bool(self._book.may_serve() - answered)
 
-    def fence_the_rest(self) -> int:
+    def fence_the_rest(self) -> None:
         """Grant nothing to replicas that do not hold the current weights, and wait until none of them can serve.
 
-        Takes at most a lease. Returns how many served until now.
+        Takes at most a lease.
         """
         with self._changed:
             self._book.updated()
             version = self._book.weights.version
-            fenced = sum(self._fence(name, f"did not come to version {version} in time") for name in self._others())
+            for name in self._others():
+                self._fence(name, f"did not come to version {version} in time")
             self._at_once.set()
             # Those that answer say that they have ended their leases; the others' end by themselves.
             while late := self._others() & self._book.may_serve():
                 until_s = max(self._book.may_serve_until_s(name) for name in late)
                 self._changed.wait(max(0.01, until_s - time.monotonic()))
         self._at_once.set()
-        return fenced
 
     def wait_until(self, condition: Callable[[LeaseBook], bool], deadline: float) -> bool:
         """Wait until something holds, at most until `deadline` (monotonic). Whether it does.
@@ -137,11 +142,10 @@ class Replicas:
     def _others(self) -> set[str]:
         return set(self._book.known()) - {state.replica for state in self._book.current()}
 
-    def _fence(self, name: str, why: str) -> bool:
-        if served := self._book.fence(name):
+    def _fence(self, name: str, why: str) -> None:
+        if self._book.fence(name):
             logger.warning("replica %s is fenced: it %s", name, why)
             self._health.lost(Kind.REPLICA, name, why)
-        return served
 
     def _run(self) -> None:
         while not self._closed:

@@ -50,7 +50,8 @@ class StoreGroup:
         self._sender_node: str = learners.call_first("weight_node", timeout_s=timeout_s)
         self._stores: dict[str, _Store] = {}
         self._opened: Any = None
-        self._members: tuple[str, ...] = ()
+        # Nodes of those that are in it beside learner 0; None: it is broken.
+        self._members: tuple[str, ...] | None = ()
         self.epoch = 0
         """Of the group."""
         self.calls = 0
@@ -122,7 +123,7 @@ class StoreGroup:
                     raise
                 logger.warning("weights were not sent, attempt %d: %s", attempt, error)
                 self.check()
-                self._members = ()  # whoever is left meets again
+                self._members = None  # whoever is left meets again
         raise AssertionError("unreachable")
 
     def check(self) -> set[str]:
@@ -147,12 +148,12 @@ class StoreGroup:
             self._drop(node)
 
     def _send(self, slot: int, buckets: Sequence[int], updates: int | None, threshold: float | None) -> SentVersion:
-        delta = threshold is not None
-        receiving = [self._stores[node].actor.receive.remote(slot, buckets, delta) for node in self._members]
+        delta, members = threshold is not None, self._members or ()
+        receiving = [self._stores[node].actor.receive.remote(slot, buckets, delta) for node in members]
         sent = self._learners.publish_weights(self._manifest, slot, buckets, updates, threshold, self._timeout_s)
         self.calls += len(receiving) + self._learners.weight_ranks
         late = ray.wait(receiving, num_returns=len(receiving), timeout=self._timeout_s)[1] if receiving else []
-        for node, reference in zip(self._members, receiving, strict=True):
+        for node, reference in zip(members, receiving, strict=True):
             try:
                 if reference in late:
                     raise GetTimeoutError(f"not received within {self._timeout_s:g} s")
@@ -168,7 +169,7 @@ class StoreGroup:
         if members == self._members:
             return
         self.epoch += 1
-        self._members = ()
+        self._members = None
         # Names are used once: Ray remembers a group by its name until every member has left it.
         name, size = f"raygym-weights-{uuid.uuid4().hex[:12]}", len(members) + 1
         joining = [

@@ -143,7 +143,7 @@ class WeightSync:
         """
         self._health.check()
         with self._lock:
-            calls = self._calls()
+            calls, before = self._calls(), self._replicas.admitted()
             started = time.monotonic()
             self._ensure_stores()
             slot = 1 - self._slot
@@ -155,7 +155,8 @@ class WeightSync:
             offer = self._offer = self._offered(WeightsId(version, model_checksum(sent.checksums)), sent.checksums)
             self._replicas.updating(offer.weights)
             outcome, resent = self._update(offer)
-            fenced = self._replicas.fence_the_rest()
+            self._replicas.fence_the_rest()
+            fenced = before - self._replicas.admitted()
             calls = self._calls() - calls
         self._require_one(version, outcome)
         applied = list(outcome.applied.values())
@@ -171,7 +172,7 @@ class WeightSync:
             turns_restarted=sum(each.turns_restarted for each in applied),
             turns_late=sum(each.turns_late for each in applied),
             replicas=len(self.serving()),
-            fenced=fenced,
+            fenced=len(fenced),
             resent_buckets=resent,
             control_calls=calls,
             seconds=seconds,

@@ -149,6 +149,10 @@ class LeaseBook:
         """Serve has replaced it."""
         self._members.pop(name, None)
 
+    def admitted(self) -> set[str]:
+        """All that were admitted and not fenced since."""
+        return {name for name, member in self._members.items() if member.serving}
+
     def known(self) -> list[str]:
         """All that were ever heard and not forgotten."""
         return list(self._members)
