@@ -85,10 +85,11 @@ class Replicas:
     def heard(self, state: ReplicaState) -> None:
         """A replica has answered something."""
         with self._changed:
-            if self._book.heard(state):
-                logger.info("replica %s serves version %d", state.replica, state.weights.version)
-                self._health.works(Kind.REPLICA, state.replica)
+            admitted = self._book.heard(state)
             self._changed.notify_all()
+        if admitted:
+            logger.info("replica %s serves version %d", state.replica, state.weights.version)
+            self._health.works(Kind.REPLICA, state.replica)
 
     def admitted(self) -> set[str]:
         """Names of the replicas that were admitted and not fenced since."""
@@ -108,9 +109,11 @@ class Replicas:
         with self._changed:
             self._book.updated()
             version = self._book.weights.version
-            for name in self._others():
-                self._fence(name, f"did not come to version {version} in time")
-            self._at_once.set()
+            fenced = [name for name in self._others() if self._book.fence(name)]
+        for name in fenced:
+            self._lost(name, f"did not come to version {version} in time")
+        self._at_once.set()
+        with self._changed:
             # Those that answer say that they have ended their leases; the others' end by themselves.
             while late := self._others() & self._book.may_serve():
                 until_s = max(self._book.may_serve_until_s(name) for name in late)
@@ -142,23 +145,20 @@ class Replicas:
     def _others(self) -> set[str]:
         return set(self._book.known()) - {state.replica for state in self._book.current()}
 
-    def _fence(self, name: str, why: str) -> None:
-        if self._book.fence(name):
-            logger.warning("replica %s is fenced: it %s", name, why)
-            self._health.lost(Kind.REPLICA, name, why)
+    def _lost(self, name: str, why: str) -> None:
+        """Tell it. Not under the lock: whoever is told may take its time."""
+        logger.warning("replica %s is fenced: it %s", name, why)
+        self._health.lost(Kind.REPLICA, name, why)
 
     def _run(self) -> None:
         while not self._closed:
             self._at_once.clear()
-            with self._changed:
-                beat = self._book.beat()
-            # Answers come in a thread of their own: one that is late must not delay the next beat.
-            threading.Thread(target=self._beat, args=(beat,), name="beat", daemon=True).start()
-            with self._changed:
-                self._watch()
-                behind = bool(self._book.behind())
-            if behind:
-                self._behind()
+            try:
+                self._go_round()
+            except Exception as error:  # without beats no replica serves: the run has to know
+                logger.exception("beats to the replicas have ended")
+                self._health.failed(error)
+                return
             self._at_once.wait(self._every_s)
             if self._at_once.is_set():
                 time.sleep(0.02)  # whoever waits for a change asks for beats again and again
@@ -171,11 +171,20 @@ class Replicas:
         except Exception as error:  # Serve itself is going or coming; the next beat tries again
             logger.debug("a beat failed: %s", error)
 
-    def _watch(self) -> None:
-        """Fence who is silent; forget who is gone."""
-        may_serve = self._book.may_serve()
-        for name in self._book.silent():
-            if name not in may_serve:
-                self._fence(name, f"gave no answer for {self._book.lease_s:g} s")
-            if self._book.silent_s(name) > _FORGOTTEN_AFTER * self._book.lease_s:
-                self._book.forget(name)
+    def _go_round(self) -> None:
+        """Beat, fence who is silent, forget who is gone, and see that those that are behind catch up."""
+        with self._changed:
+            beat = self._book.beat()
+        # Answers come in a thread of their own: one that is late must not delay the next beat.
+        threading.Thread(target=self._beat, args=(beat,), name="beat", daemon=True).start()
+        with self._changed:
+            silent = [name for name in self._book.silent() if name not in self._book.may_serve()]
+            fenced = [name for name in silent if self._book.fence(name)]
+            for name in silent:
+                if self._book.silent_s(name) > _FORGOTTEN_AFTER * self._book.lease_s:
+                    self._book.forget(name)
+            behind = bool(self._book.behind())
+        for name in fenced:
+            self._lost(name, f"gave no answer for {self._book.lease_s:g} s")
+        if behind:
+            self._behind()

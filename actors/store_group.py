@@ -52,6 +52,8 @@ class StoreGroup:
         self._opened: Any = None
         # Nodes of those that are in it beside learner 0; None: it is broken.
         self._members: tuple[str, ...] | None = ()
+        self._why = ""
+        """Of the last loss of a store."""
         self.epoch = 0
         """Of the group."""
         self.calls = 0
@@ -74,7 +76,17 @@ class StoreGroup:
         Raises:
             WeightsError: learner 0's node can have no store.
         """
-        missing = {*nodes, self._sender_node} - set(self._stores)
+        new: set[str] = set()
+        for attempt in range(1, _ATTEMPTS + 1):
+            new |= self._start({*nodes, self._sender_node} - set(self._stores), current)
+            if self._sender_node in self._stores:
+                break
+            if attempt == _ATTEMPTS:
+                raise WeightsError(f"learner 0's node has no weight store after {attempt} attempts: {self._why}")
+        self._open()
+        return new
+
+    def _start(self, missing: set[str], current: int | None) -> set[str]:
         starting = {node: start_store(node, self._manifest) for node in missing}
         references = {node: actor.slots.remote() for node, actor in starting.items()}
         self.calls += len(references)
@@ -83,20 +95,20 @@ class StoreGroup:
         for node in sorted(references, key=lambda node: node != self._sender_node):
             try:
                 store = _Store(starting[node], *self._answer(references[node], _START_TIMEOUT_S))
-                if current is not None and node != self._sender_node:
+                if current is not None and node != self._sender_node and self._sender_node in self._stores:
                     source = self._stores[self._sender_node].actor
                     self.calls += 1
                     self._answer(store.actor.pull.remote(source, current, self._timeout_s), self._timeout_s)
             except RayError as error:
                 ray.kill(starting[node])
-                if node == self._sender_node:
-                    raise _cause(error, f"learner 0's node {node} has no weight store") from error
-                logger.warning("node %s has no weight store: %s", node, error)
+                inner = error.cause if isinstance(error, RayTaskError) else error
+                if node == self._sender_node and isinstance(inner, WeightsError):  # too little memory, also next time
+                    raise WeightsError(f"learner 0's node {node} has no weight store: {inner}") from error
+                self._lost(node, error)
             else:
                 self._stores[node] = store
                 new.add(node)
                 self._health.works(Kind.WEIGHT_STORE, node)
-        self._open()
         return new
 
     def send(
@@ -193,7 +205,7 @@ class StoreGroup:
             self._opened = store
 
     def _lost(self, node: str, error: RayError) -> None:
-        why = cause(error)
+        why = self._why = cause(error)
         logger.warning("the weight store of node %s is lost: %s", node, why)
         self._health.lost(Kind.WEIGHT_STORE, node, f"is lost: {why}")
         self._drop(node)
@@ -210,10 +222,3 @@ class StoreGroup:
 def _is_timeout(error: LearnerError) -> bool:
     cause = error.__cause__
     return isinstance(cause.cause if isinstance(cause, RayTaskError) else cause, CollectiveTimeout)
-
-
-def _cause(error: RayError, what: str) -> WeightsError:
-    inner = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(error, GetTimeoutError):
-        return WeightsError(f"{what}: it was not up within {_START_TIMEOUT_S:g} s")
-    return WeightsError(f"{what}: {inner}")

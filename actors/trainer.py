@@ -230,6 +230,7 @@ class Trainer:
 
     def _collecting(self, progress: str) -> None:
         self._session.learners.check_alive()  # they have nothing to do now, so nobody else would notice
+        self._session.weights.check()
         self._console.progress(progress)
 
     def _validating(self, progress: str) -> None:

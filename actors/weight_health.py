@@ -20,7 +20,7 @@ class WeightHealth:
         self._supervisor = supervisor or Supervisor()
         self._lost: dict[Kind, list[str]] = {kind: [] for kind in _CALLED}
         self._lock = threading.Lock()
-        self._given_up: GivenUp | None = None
+        self._failure: Exception | None = None
 
     def lost(self, kind: Kind, name: str, why: str) -> None:
         """A part that worked does so no more. Whether the run may go on is for `check` to say."""
@@ -29,8 +29,8 @@ class WeightHealth:
         called = f"{_CALLED[kind]} {name}"
         try:
             self._supervisor.lost(kind, called, f"{called} {why}")
-        except GivenUp as given_up:  # this may be a thread that nobody waits for
-            self._given_up = given_up
+        except GivenUp as given_up:
+            self.failed(given_up)
 
     def works(self, kind: Kind, name: str) -> None:
         """A part does its work, for the first time or again."""
@@ -41,7 +41,11 @@ class WeightHealth:
             over = lost.pop(lost.index(name) if name in lost else 0)
         self._supervisor.recovered(kind, f"{_CALLED[kind]} {over}")
 
+    def failed(self, error: Exception) -> None:
+        """A thread that nobody waits for cannot go on."""
+        self._failure = self._failure or error
+
     def check(self) -> None:
-        """Raises GivenUp where something was lost more often than the config allows."""
-        if self._given_up is not None:
-            raise self._given_up
+        """Raise what has failed: GivenUp where something was lost more often than the config allows."""
+        if self._failure is not None:
+            raise self._failure

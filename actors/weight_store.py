@@ -28,13 +28,17 @@ class WeightStore:
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        """Reserve the memory. Raises WeightsError where there is too little."""
+        """`slots` before anything else."""
         self._manifest = manifest
-        self._slots = WeightSlots(safetensors_header(manifest), manifest.nbytes)
         self._group = ""
 
     def slots(self) -> tuple[list[str], int]:
-        """For `OpenSlots`: paths, which are valid on this node, and where in them the data begins."""
+        """Reserve the memory. For `OpenSlots`: paths, which are valid on this node, and where in them the data begins.
+
+        Raises:
+            WeightsError: there is too little.
+        """
+        self._slots = WeightSlots(safetensors_header(self._manifest), self._manifest.nbytes)
         return self._slots.paths, self._slots.base
 
     def ping(self) -> bool:

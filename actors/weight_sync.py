@@ -181,6 +181,10 @@ class WeightSync:
             largest_error=delta.largest_error if delta else 0.0,
         )
 
+    def check(self) -> None:
+        """Raises GivenUp where replicas or stores were lost too often. Call it now and then while others are asked."""
+        self._health.check()
+
     def serving(self) -> list[ReplicaState]:
         """The replicas that serve the current version."""
         with self._replicas.book() as book:
@@ -314,6 +318,10 @@ class WeightSync:
                         self._bring_up(self._offer)
             except (RayError, LearnerError, WeightsError, TimeoutError) as error:
                 logger.warning("replicas could not catch up, which is tried again: %s", error)
+            except Exception as error:  # nobody waits for this thread
+                logger.exception("replicas catch up no more")
+                self._health.failed(error)
+                return
             time.sleep(_CATCH_UP_EVERY_S)
 
     def _is_closed(self) -> bool:

@@ -72,6 +72,9 @@ class Everything:
     def check_alive(self) -> None:
         pass
 
+    def check(self) -> None:
+        pass
+
     def publish(self, version: int) -> Published:
         assert not self.validating
         self.version = version
