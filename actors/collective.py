@@ -49,7 +49,11 @@ class GlooGroup(BaseGroup):
         self._key = f"{group_name}".encode()
         self._tcp_store = self._open_store() if rank == 0 else self._find_store()
         store = dist.PrefixStore(group_name, self._tcp_store)
-        self._group = dist.ProcessGroupGloo(store, rank, world_size, self._deadline)
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = self._deadline
+        # By default it listens where the machine's name leads, which is its loopback interface on many.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
+        self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
 
     def _open_store(self) -> Any:
         listening = listen(ray.util.get_node_ip_address())

@@ -37,7 +37,7 @@ from raygym.testing import chaos
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats, PolicyUpdate, Reference
 from raygym.weight_slots import OpenSlots
-from raygym.weights import Manifest, WeightsError, plan_manifest
+from raygym.weights import Manifest, Sending, WeightsError, plan_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +258,11 @@ class LearnerActor:
             self._sender = WeightSender(slots)
         self._sender.slots = slots
 
+    def drop_slots(self) -> None:
+        """Let go of the memory of a store that is gone, so that there is room for its successor's."""
+        if self._sender is not None:
+            self._sender.slots = None
+
     def join_weight_group(self, group_name: str, world_size: int, timeout_s: float) -> None:
         """Rank 0 becomes the sender of the weight group; see `WeightSender.join`."""
         assert self._sender is not None, "open_slots() first"
@@ -268,22 +273,21 @@ class LearnerActor:
         manifest: Manifest,
         slot: int,
         buckets: Sequence[int],
-        updates: int | None,
-        threshold: float | None,
+        sending: Sending,
         timeout_s: float,
     ) -> SentVersion:
         """Send buckets of the current weights; rank 0, and under ZeRO-3 all ranks at once. See `WeightSender.send`.
 
         Raises:
-            WeightsError: the weights are not those after so many `updates`.
+            WeightsError: the weights are not those after so many updates.
         """
-        if updates is not None and updates != self._update.updates:
-            raise WeightsError(f"the learners have made {self._update.updates} updates since, not {updates}")
+        if sending.updates is not None and sending.updates != self._update.updates:
+            raise WeightsError(f"the learners have made {self._update.updates} updates since, not {sending.updates}")
         if self.rank != 0:
             take_part(manifest, self.iter_weights, buckets)
             return SentVersion()
         assert self._sender is not None, "open_slots() first"
-        sent = self._sender.send(manifest, self.iter_weights, slot, buckets, timeout_s, threshold)
+        sent = self._sender.send(manifest, self.iter_weights, slot, buckets, timeout_s, sending)
         sent.updates = self._update.updates
         return sent
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +19,13 @@ from raygym.config import LearnerConfig
 from raygym.learner_state import LearnerStateError
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats
-from raygym.weights import Manifest
+from raygym.weights import Manifest, Sending
 
 GANG = "the learner gang"
 """What people are told is lost."""
 _CLOSE_TIMEOUT_S = 10.0
 _KILL_TIMEOUT_S = 10.0
+_SEND_MARGIN_S = 10.0
 # Of an answer that is there already.
 _ANSWER_TIMEOUT_S = 1.0
 
@@ -43,6 +45,8 @@ class LearnerGroup:
         # Ray resolves the rendezvous before it calls setup, so the whole start runs without the driver.
         rendezvous = actors[0].rendezvous.remote()
         self._ready = [actor.setup.remote(rendezvous) for actor in actors]
+        # Ranks must get calls in the same order, also from two threads: in them they wait for each other.
+        self._submitting = threading.Lock()
         self._pings: list[Any] = []
         self._pinged = 0.0
 
@@ -118,14 +122,14 @@ class LearnerGroup:
         manifest: Manifest,
         slot: int,
         buckets: Sequence[int],
-        updates: int | None,
-        threshold: float | None,
+        sending: Sending,
         timeout_s: float,
     ) -> SentVersion:
         """Rank 0 sends buckets of the current weights; see `LearnerActor.publish_weights`."""
-        arguments = (manifest, slot, buckets, updates, threshold, timeout_s)
-        calls = [actor.publish_weights.remote(*arguments) for actor in self.actors[: self.weight_ranks]]
-        sent: SentVersion = self._collect(calls, "publish_weights", timeout_s)[0]
+        arguments = (manifest, slot, buckets, sending, timeout_s)
+        calls = self._submit("publish_weights", arguments, self.weight_ranks)
+        # Rank 0 finds out first who was late: only its own error tells that it was no learner.
+        sent: SentVersion = self._collect(calls, "publish_weights", 2 * timeout_s + _SEND_MARGIN_S)[0]
         return sent
 
     def call_first(self, method: str, *args: Any, timeout_s: float) -> Any:
@@ -155,7 +159,11 @@ class LearnerGroup:
         Raises:
             LearnerError: a rank raised, died, or was not done after `timeout_s`.
         """
-        return self._collect([getattr(actor, method).remote(*args) for actor in self.actors], method, timeout_s)
+        return self._collect(self._submit(method, args, len(self.actors)), method, timeout_s)
+
+    def _submit(self, method: str, args: tuple[Any, ...], ranks: int) -> list[Any]:
+        with self._submitting:
+            return [getattr(actor, method).remote(*args) for actor in self.actors[:ranks]]
 
     def _collect(self, references: list[Any], method: str, timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s

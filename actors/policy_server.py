@@ -204,10 +204,10 @@ class PolicyServer:
         return self._weights.beat(beat)
 
     async def update(
-        self, offer: VersionOffer, on_update: OnUpdate = "keep", finish_timeout_s: float = 30.0
+        self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float, load_timeout_s: float
     ) -> Applied:
         """See `ReplicaWeights`. After an error inside the engine the replica reports itself unhealthy."""
-        return await self._weights.update(offer, on_update, finish_timeout_s)
+        return await self._weights.update(offer, on_update, finish_timeout_s, load_timeout_s)
 
     async def state(self) -> ReplicaState:
         """Which weights this replica serves."""

@@ -19,7 +19,7 @@ from raygym.weights import WeightsId
 
 logger = logging.getLogger(__name__)
 _BEATS_IN_A_LEASE = 6
-_LONGEST_BEAT_S = 2.0
+_LONGEST_BEAT_S, _SHORTEST_BEAT_S = 2.0, 0.25
 # A replica that Serve has replaced is forgotten after so many leases of silence.
 _FORGOTTEN_AFTER = 20
 
@@ -47,6 +47,7 @@ class Replicas:
         self._behind = behind
         self._health = health
         self._every_s = min(_LONGEST_BEAT_S, lease_s / _BEATS_IN_A_LEASE)
+        self._rounds_s = time.monotonic()
         self._changed = threading.Condition()  # guards the book
         self._at_once = threading.Event()
         self._closed = False
@@ -96,10 +97,10 @@ class Replicas:
         with self._changed:
             return self._book.admitted()
 
-    def unanswered(self, answered: set[str]) -> bool:
-        """Whether a replica that may be serving is not among these."""
+    def unanswered(self, wanted: set[str], answered: set[str]) -> bool:
+        """Whether a wanted replica that is still there, or one that may be serving, has not answered yet."""
         with self._changed:
-            return bool(self._book.may_serve() - answered)
+            return bool(((wanted & self._book.answering()) | self._book.may_serve()) - answered)
 
     def fence_the_rest(self) -> None:
         """Grant nothing to replicas that do not hold the current weights, and wait until none of them can serve.
@@ -110,8 +111,9 @@ class Replicas:
             self._book.updated()
             version = self._book.weights.version
             fenced = [name for name in self._others() if self._book.fence(name)]
+            serving = len(self._book.serving())
         for name in fenced:
-            self._lost(name, f"did not come to version {version} in time")
+            self._lost(name, f"did not come to version {version} in time", serving)
         self._at_once.set()
         with self._changed:
             # Those that answer say that they have ended their leases; the others' end by themselves.
@@ -123,17 +125,18 @@ class Replicas:
     def wait_until(self, condition: Callable[[LeaseBook], bool], deadline: float) -> bool:
         """Wait until something holds, at most until `deadline` (monotonic). Whether it does.
 
-        Raises:
-            GivenUp: a part was lost more often than the config allows.
+        Raises what `WeightHealth.check` raises.
         """
+        self._at_once.set()
         with self._changed:
             while not condition(self._book):
                 self._health.check()
-                self._at_once.set()
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return False
                 self._changed.wait(min(left_s, self._every_s))
+                if time.monotonic() - self._rounds_s > _SHORTEST_BEAT_S:
+                    self._at_once.set()
             return True
 
     @contextmanager
@@ -145,10 +148,9 @@ class Replicas:
     def _others(self) -> set[str]:
         return set(self._book.known()) - {state.replica for state in self._book.current()}
 
-    def _lost(self, name: str, why: str) -> None:
-        """Tell it. Not under the lock: whoever is told may take its time."""
+    def _lost(self, name: str, why: str, serving: int) -> None:
         logger.warning("replica %s is fenced: it %s", name, why)
-        self._health.lost(Kind.REPLICA, name, why)
+        self._health.lost(Kind.REPLICA, name, why, serving)
 
     def _run(self) -> None:
         while not self._closed:
@@ -160,8 +162,6 @@ class Replicas:
                 self._health.failed(error)
                 return
             self._at_once.wait(self._every_s)
-            if self._at_once.is_set():
-                time.sleep(0.02)  # whoever waits for a change asks for beats again and again
 
     def _beat(self, beat: Any) -> None:
         try:
@@ -174,17 +174,23 @@ class Replicas:
     def _go_round(self) -> None:
         """Beat, fence who is silent, forget who is gone, and see that those that are behind catch up."""
         with self._changed:
+            now_s = time.monotonic()
+            if (stood_still_s := now_s - self._rounds_s) > self._book.lease_s / 2:
+                # This process was stopped, or its machine: nobody could be heard.
+                self._book.stood_still(stood_still_s)
+            self._rounds_s = now_s
             beat = self._book.beat()
         # Answers come in a thread of their own: one that is late must not delay the next beat.
         threading.Thread(target=self._beat, args=(beat,), name="beat", daemon=True).start()
         with self._changed:
             silent = [name for name in self._book.silent() if name not in self._book.may_serve()]
             fenced = [name for name in silent if self._book.fence(name)]
+            serving = len(self._book.serving())
             for name in silent:
                 if self._book.silent_s(name) > _FORGOTTEN_AFTER * self._book.lease_s:
                     self._book.forget(name)
             behind = bool(self._book.behind())
         for name in fenced:
-            self._lost(name, f"gave no answer for {self._book.lease_s:g} s")
+            self._lost(name, f"gave no answer for {self._book.lease_s:g} s", serving)
         if behind:
             self._behind()

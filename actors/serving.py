@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.context import _get_global_client as get_global_client
@@ -226,6 +227,17 @@ def scale(run_name: str, replicas: int) -> None:
     assert client is not None, "its status was told just now"
     target = DeploymentID(name=DEPLOYMENT, app_name=app)
     ray.get(client._controller.update_deployment_replicas.remote(target, replicas), timeout=_SCALE_TIMEOUT_S)
+
+
+def wanted_replicas(run_name: str) -> int | None:
+    """How many replicas a deployed PolicyServer is to have now; None where Serve does not say."""
+    try:
+        client = get_global_client()
+        assert client is not None, "a session deploys before it asks"
+        deployments = client.get_serve_details()["applications"][app_name(run_name)]["deployments"]
+        return int(deployments[DEPLOYMENT]["target_num_replicas"])
+    except (RayServeException, RayError, KeyError, AssertionError):
+        return None
 
 
 def undeploy(run_name: str) -> None:

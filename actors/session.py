@@ -154,7 +154,8 @@ class Session:
         if self._weights is not None:
             self._weights.replace_learners(self.learners)
             return
-        policy, health = self._config.policy, WeightHealth(self.supervisor)
+        policy = self._config.policy
+        health = WeightHealth(self.supervisor, partial(serving.wanted_replicas, self._config.name))
         self._weights = WeightSync(
             self._config.sync, self.learners, self._engines, policy.replicas, policy.startup_timeout_s, health
         )

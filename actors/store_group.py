@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -17,8 +19,9 @@ from raygym.actors.ray_errors import cause
 from raygym.actors.weight_health import WeightHealth
 from raygym.actors.weight_sender import SentVersion
 from raygym.actors.weight_store import start_store
+from raygym.backoff import Backoff
 from raygym.supervision import Kind
-from raygym.weights import Manifest, WeightsError
+from raygym.weights import Manifest, Sending, WeightsError
 
 logger = logging.getLogger(__name__)
 # Longer than a process takes to start on a machine that is busy with the start of engines and learners.
@@ -53,7 +56,9 @@ class StoreGroup:
         # Nodes of those that are in it beside learner 0; None: it is broken.
         self._members: tuple[str, ...] | None = ()
         self._why = ""
-        """Of the last loss of a store."""
+        """Why learner 0's node has no store."""
+        self._failed: dict[str, tuple[Backoff, float]] = {}
+        """Nodes on which no store could be started, and when that is tried again."""
         self.epoch = 0
         """Of the group."""
         self.calls = 0
@@ -75,16 +80,24 @@ class StoreGroup:
 
         Raises:
             WeightsError: learner 0's node can have no store.
+            LearnerError: learner 0 does not answer.
         """
         new: set[str] = set()
         for attempt in range(1, _ATTEMPTS + 1):
-            new |= self._start({*nodes, self._sender_node} - set(self._stores), current)
+            new |= self._start(self._missing(nodes), current)
             if self._sender_node in self._stores:
                 break
+            # Where its node is gone, so is learner 0, and that has to be told.
+            self._learners.call_first("ping", timeout_s=_PING_TIMEOUT_S)
             if attempt == _ATTEMPTS:
                 raise WeightsError(f"learner 0's node has no weight store after {attempt} attempts: {self._why}")
         self._open()
         return new
+
+    def _missing(self, nodes: Collection[str]) -> set[str]:
+        """Nodes that are to have a store and have none, but for those where none could be started just now."""
+        waiting = {node for node, (_, again_s) in self._failed.items() if time.monotonic() < again_s}
+        return ({*nodes} - waiting | {self._sender_node}) - set(self._stores)
 
     def _start(self, missing: set[str], current: int | None) -> set[str]:
         starting = {node: start_store(node, self._manifest) for node in missing}
@@ -95,33 +108,36 @@ class StoreGroup:
         for node in sorted(references, key=lambda node: node != self._sender_node):
             try:
                 store = _Store(starting[node], *self._answer(references[node], _START_TIMEOUT_S))
-                if current is not None and node != self._sender_node and self._sender_node in self._stores:
+                if current is not None and node != self._sender_node:
                     source = self._stores[self._sender_node].actor
                     self.calls += 1
                     self._answer(store.actor.pull.remote(source, current, self._timeout_s), self._timeout_s)
             except RayError as error:
                 ray.kill(starting[node])
                 inner = error.cause if isinstance(error, RayTaskError) else error
-                if node == self._sender_node and isinstance(inner, WeightsError):  # too little memory, also next time
+                if node != self._sender_node:
+                    self._put_off(node, error)
+                    continue
+                if isinstance(inner, WeightsError):  # too little memory, also next time
                     raise WeightsError(f"learner 0's node {node} has no weight store: {inner}") from error
-                self._lost(node, error)
+                self._why = cause(error)
+                for other in set(starting) - set(self._stores) - {node}:  # they have nothing to copy from
+                    ray.kill(starting[other])
+                break
             else:
+                self._failed.pop(node, None)
                 self._stores[node] = store
                 new.add(node)
                 self._health.works(Kind.WEIGHT_STORE, node)
         return new
 
-    def send(
-        self, slot: int, buckets: Sequence[int], updates: int | None = None, threshold: float | None = None
-    ) -> SentVersion:
+    def send(self, slot: int, buckets: Sequence[int], sending: Sending) -> SentVersion:
         """Write buckets of the learners' weights into a slot of every store. Stores that are lost on the way drop out.
 
         Args:
             slot: which.
             buckets: numbers of those that are sent.
-            updates: how many updates the weights must have seen; None: any number.
-            threshold: send what changed by more than this against the other slot; None: send everything. A second
-                attempt sends everything.
+            sending: what of them travels. At a second attempt whole buckets do.
 
         Raises:
             LearnerError: a learner failed.
@@ -129,7 +145,7 @@ class StoreGroup:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self._regroup()
-                return self._send(slot, buckets, updates, threshold if attempt == 1 else None)
+                return self._send(slot, buckets, sending if attempt == 1 else replace(sending, whole=True))
             except LearnerError as error:
                 if not _is_timeout(error) or attempt == _ATTEMPTS:
                     raise
@@ -159,10 +175,10 @@ class StoreGroup:
         for node in list(self._stores):
             self._drop(node)
 
-    def _send(self, slot: int, buckets: Sequence[int], updates: int | None, threshold: float | None) -> SentVersion:
-        delta, members = threshold is not None, self._members or ()
-        receiving = [self._stores[node].actor.receive.remote(slot, buckets, delta) for node in members]
-        sent = self._learners.publish_weights(self._manifest, slot, buckets, updates, threshold, self._timeout_s)
+    def _send(self, slot: int, buckets: Sequence[int], sending: Sending) -> SentVersion:
+        members = self._members or ()
+        receiving = [self._stores[node].actor.receive.remote(slot, buckets, sending.delta) for node in members]
+        sent = self._learners.publish_weights(self._manifest, slot, buckets, sending, self._timeout_s)
         self.calls += len(receiving) + self._learners.weight_ranks
         late = ray.wait(receiving, num_returns=len(receiving), timeout=self._timeout_s)[1] if receiving else []
         for node, reference in zip(members, receiving, strict=True):
@@ -204,15 +220,30 @@ class StoreGroup:
             self._learners.call_first("open_slots", store.paths, store.base, timeout_s=self._timeout_s)
             self._opened = store
 
+    def _put_off(self, node: str, error: RayError) -> None:
+        backoff, _ = self._failed.setdefault(node, (Backoff(first_s=5.0, most_s=300.0), 0.0))
+        backoff.failed()
+        self._failed[node] = backoff, time.monotonic() + backoff.wait_s()
+        logger.warning("node %s has no weight store, which is tried again: %s", node, cause(error))
+
     def _lost(self, node: str, error: RayError) -> None:
-        why = self._why = cause(error)
+        why = cause(error)
         logger.warning("the weight store of node %s is lost: %s", node, why)
         self._health.lost(Kind.WEIGHT_STORE, node, f"is lost: {why}")
         self._drop(node)
 
     def _drop(self, node: str) -> None:
-        if (store := self._stores.pop(node, None)) is not None:
-            ray.kill(store.actor)
+        if (store := self._stores.pop(node, None)) is None:
+            return
+        ray.kill(store.actor)
+        # Until it has ended, its memory is not free.
+        ray.wait([store.actor.ping.remote()], timeout=_PING_TIMEOUT_S)
+        if node in (self._members or ()):
+            self._members = None
+        if node == self._sender_node and store is self._opened:
+            with suppress(LearnerError):  # it is gone as well, and its memory with it
+                self._learners.call_first("drop_slots", timeout_s=_PING_TIMEOUT_S)
+            self._opened = None
 
     @staticmethod
     def _answer(reference: Any, timeout_s: float) -> Any:

@@ -15,11 +15,13 @@ from raygym.delta_sending import encode_in_place
 from raygym.testing import chaos
 from raygym.weight_delta import DeltaSummary, EncodedBucket, summarize
 from raygym.weight_slots import OpenSlots
-from raygym.weights import Bucket, Manifest, tensor_checksum
+from raygym.weights import Bucket, Manifest, Sending, tensor_checksum
 
 IterWeights = Callable[[list[str]], Iterator[tuple[str, torch.Tensor]]]
 """Names of one bucket -> (name, whole tensor); under ZeRO-3 every rank must iterate it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_WHOLE = Sending()
 
 
 @dataclass(slots=True)
@@ -54,7 +56,7 @@ class WeightSender:
 
     def __init__(self, slots: OpenSlots) -> None:
         """A member of no group."""
-        self.slots = slots
+        self.slots: OpenSlots | None = slots
         self._group_name = ""
 
     def join(self, group_name: str, world_size: int, timeout_s: float) -> None:
@@ -76,11 +78,12 @@ class WeightSender:
         slot: int,
         buckets: Sequence[int],
         timeout_s: float,
-        threshold: float | None = None,
+        sending: Sending = _WHOLE,
     ) -> SentVersion:
         """Write the buckets of one version into `slot`, and send them to the other nodes' stores.
 
-        The next bucket is gathered and written while the last one is summed up and sent.
+        The next bucket is gathered and written while the last one is summed up and sent. All are gathered, whatever
+        fails: the other ranks take part in that.
 
         Args:
             manifest: what a version consists of.
@@ -88,26 +91,27 @@ class WeightSender:
             slot: which; the other one holds the current version.
             buckets: numbers of those that are sent.
             timeout_s: of all together.
-            threshold: what changed by more than this against the current version is sent; None: everything.
+            sending: what of them travels.
 
         Raises:
             CollectiveTimeout: a store is gone or late; all together may take `timeout_s`.
         """
+        assert self.slots is not None, "open_slots() first"
         sent, deadline = SentVersion(), time.monotonic() + timeout_s
         data = torch.frombuffer(self.slots.data(slot), dtype=torch.uint8)
-        with ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as sending:
+        with ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as broadcasting:
             waiting: list[Future[None]] = []
             for bucket in (manifest.buckets[number] for number in buckets):
                 self._write(data, manifest.dtype, bucket, iter_weights, sent)
-                if threshold is not None:
-                    payload = self._encode(manifest.dtype, slot, bucket, threshold, sent)
-                else:
-                    payload = [data[bucket.start : bucket.end]]
+                if any(future.done() and future.exception() for future in waiting):
+                    continue
+                payload = [data[bucket.start : bucket.end]]
+                if sending.threshold is not None:
+                    message = self._encode(self.slots, manifest.dtype, slot, bucket, sending.threshold, sent)
+                    payload = message if sending.delta else payload
                 waiting.append(summing.submit(_sum_up, data, bucket, sent))
                 if self._group_name:
-                    waiting.append(sending.submit(self._broadcast, payload, sent, deadline))
-                for future in (future for future in waiting if future.done()):
-                    future.result()  # an error is told before the next bucket
+                    waiting.append(broadcasting.submit(self._broadcast, payload, sent, deadline))
             for future in waiting:
                 future.result()
         return sent
@@ -127,10 +131,13 @@ class WeightSender:
         sent.seconds["write"] = sent.seconds.get("write", 0.0) + written_s
         sent.seconds["gather"] = sent.seconds.get("gather", 0.0) + time.monotonic() - started - written_s
 
-    def _encode(self, dtype: str, slot: int, bucket: Bucket, threshold: float, sent: SentVersion) -> list[torch.Tensor]:
+    @staticmethod
+    def _encode(
+        slots: OpenSlots, dtype: str, slot: int, bucket: Bucket, threshold: float, sent: SentVersion
+    ) -> list[torch.Tensor]:
         """The length of the message, and the message."""
         with sent.timed("encode"):
-            held, new = (self.slots.data(which)[bucket.start : bucket.end] for which in (1 - slot, slot))
+            held, new = (slots.data(which)[bucket.start : bucket.end] for which in (1 - slot, slot))
             encoded = encode_in_place(held, new, dtype, threshold)
             sent.delta.append(replace(encoded, data=b""))
             sent.sent_nbytes += len(encoded.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
@@ -21,6 +21,7 @@ from raygym.replica_weights import Applied
 from raygym.weights import (
     Manifest,
     Published,
+    Sending,
     VersionOffer,
     WeightsError,
     WeightsId,
@@ -77,7 +78,10 @@ class WeightSync:
         self._manifest = Manifest("float32", ())
         self._stores: StoreGroup | None = None
         self._slot = 0
-        self._updates = 0
+        self._sending = Sending()
+        """How the current version is sent again."""
+        self._whole = True
+        """Whether it is in each store."""
         self._since_whole = 0
         """Versions since the last that was sent whole."""
         self._offer: VersionOffer | None = None
@@ -102,6 +106,7 @@ class WeightSync:
         Raises:
             WeightsError: engine and learner do not hold the same tensors, or a node has too little memory.
             TimeoutError: not all replicas answer within `sync.timeout_s`.
+            LearnerError: learner 0 does not answer.
         """
         self._replicas.start()
         self._catching_up.start()
@@ -121,7 +126,12 @@ class WeightSync:
         self._ensure_stores()
 
     def replace_learners(self, learners: LearnerGroup) -> None:
-        """Another gang sends from now on. Replicas keep what they have until it is published to them."""
+        """Another gang sends from now on. Replicas keep what they have until it is published to them.
+
+        Raises:
+            LearnerError: learner 0 does not answer.
+            WeightsError: its node can have no store.
+        """
         with self._lock:
             self._learners = learners
             self._offer = None
@@ -145,16 +155,18 @@ class WeightSync:
         with self._lock:
             calls, before = self._calls(), self._replicas.admitted()
             started = time.monotonic()
-            self._ensure_stores()
-            slot = 1 - self._slot
             threshold = self._threshold()
-            sent = self._send(slot, self._buckets(None), None, threshold)
+            # What is sent whole needs no store that holds the version before.
+            self._ensure_stores(filled=threshold is not None)
+            slot = 1 - self._slot
+            sent = self._send(slot, self._buckets(None), Sending(threshold=threshold))
             self._since_whole = 0 if threshold is None else self._since_whole + 1
             broadcasted = time.monotonic()
-            self._slot, self._updates = slot, sent.updates
+            self._slot, self._sending, self._whole = slot, Sending(sent.updates, threshold, whole=True), True
             offer = self._offer = self._offered(WeightsId(version, model_checksum(sent.checksums)), sent.checksums)
             self._replicas.updating(offer.weights)
-            outcome, resent = self._update(offer)
+            outcome, resent = self._update(offer, before)
+            offer = self._offer
             self._replicas.fence_the_rest()
             fenced = before - self._replicas.admitted()
             calls = self._calls() - calls
@@ -182,7 +194,10 @@ class WeightSync:
         )
 
     def check(self) -> None:
-        """Raises GivenUp where replicas or stores were lost too often. Call it now and then while others are asked."""
+        """Raises GivenUp where replicas or stores were lost too often, or what has ended one of the threads here.
+
+        Call it now and then while others are asked.
+        """
         self._health.check()
 
     def serving(self) -> list[ReplicaState]:
@@ -191,7 +206,10 @@ class WeightSync:
             return book.serving()
 
     def settle(self, timeout_s: float, replicas: int = 1) -> list[ReplicaState]:
-        """Wait until all replicas that answer, and at least so many, serve the current version; returns who does."""
+        """Wait until all replicas that answer, and at least so many, serve the current version; returns who does.
+
+        Raises what `check` raises.
+        """
 
         def settled(book: LeaseBook) -> bool:
             serving = len(book.serving())
@@ -205,6 +223,7 @@ class WeightSync:
         self._closed = True
         self._behind.set()
         self._replicas.close()
+        self._health.close()
         if self._catching_up.is_alive():
             self._catching_up.join(timeout=self._config.timeout_s)
         if self._stores is not None:
@@ -217,12 +236,12 @@ class WeightSync:
         )
         self._stores = StoreGroup(self._manifest, self._learners, timeout_s, self._health)
 
-    def _ensure_stores(self) -> None:
-        """There is a store on each node with a replica, with the current version in it."""
+    def _ensure_stores(self, filled: bool = True) -> None:
+        """There is a store on each node with a replica; `filled`: with the current version in it, if there is one."""
         assert self._stores is not None, "connect() first"
         with self._replicas.book() as book:
             nodes = book.nodes()
-        new = self._stores.ensure(nodes, self._slot if self._offer is not None else None)
+        new = self._stores.ensure(nodes, self._slot if filled and self._offer is not None else None)
         if new and self._offer is not None:
             self._offer = self._offered(self._offer.weights, dict(self._offer.checksums))
 
@@ -233,11 +252,9 @@ class WeightSync:
     def _buckets(self, names: set[str] | None) -> list[int]:
         return list(range(len(self._manifest.buckets))) if names is None else buckets_of(self._manifest, names)
 
-    def _send(
-        self, slot: int, buckets: list[int], updates: int | None = None, threshold: float | None = None
-    ) -> SentVersion:
+    def _send(self, slot: int, buckets: list[int], sending: Sending) -> SentVersion:
         assert self._stores is not None
-        return self._stores.send(slot, buckets, updates, threshold)
+        return self._stores.send(slot, buckets, sending)
 
     def _threshold(self) -> float | None:
         """With `sync.mode: delta`, of the next version; None: it is sent whole."""
@@ -246,26 +263,41 @@ class WeightSync:
             return None
         return delta.threshold
 
-    def _update(self, offer: VersionOffer) -> tuple[_Outcome, int]:
-        """Offer it to all replicas, and again what did not arrive whole; and how many buckets were sent again."""
+    def _update(self, offer: VersionOffer, wanted: set[str]) -> tuple[_Outcome, int]:
+        """Offer it, and again what did not arrive whole, until the wanted replicas have answered or are gone.
+
+        Returns also how many buckets were sent again. The offer may be another one afterwards.
+        """
         resent = 0
-        outcome = self._offer_to_all(offer)
+        outcome = self._offer_to_all(offer, wanted)
         for _ in range(_RESENDS):
             names: set[str] | None = outcome.changed
-            if not names:
-                # A lost store takes its version with it.
-                if not (outcome.problems() and self._lost_stores()):
-                    break
+            if outcome.problems() and self._lost_stores():
+                self._whole = False
+            if not self._whole:
                 names = None
+            elif not names:
+                break
             buckets = self._buckets(names)
             logger.warning("buckets %s did not arrive whole and are sent again", buckets)
             resent += len(buckets)
-            self._send(self._slot, buckets, self._updates)
-            offer = self._offer = self._offered(offer.weights, dict(offer.checksums))
-            again = self._offer_to_all(offer)
+            offer = self._resent(offer, buckets)
+            self._whole = True
+            again = self._offer_to_all(offer, wanted)
             again.applied = {name: _latest(outcome.applied.get(name), found) for name, found in again.applied.items()}
             outcome = again
         return outcome, resent
+
+    def _resent(self, offer: VersionOffer, buckets: list[int]) -> VersionOffer:
+        """Send buckets of the current version again."""
+        lost = not self._whole and self._sending.threshold is not None
+        # What was left out of it was relative to a version that is gone with its store.
+        sent = self._send(self._slot, buckets, replace(self._sending, threshold=None) if lost else self._sending)
+        checksums = {**offer.checksums, **sent.checksums}
+        self._offer = self._offered(WeightsId(offer.weights.version, model_checksum(checksums)), checksums)
+        if self._offer.weights != offer.weights:
+            self._replicas.updating(self._offer.weights)
+        return self._offer
 
     def _lost_stores(self) -> bool:
         """Whether a store was lost; there is a new one in its place then, which has nothing in it."""
@@ -277,10 +309,11 @@ class WeightSync:
         self._stores.ensure(nodes)
         return True
 
-    def _offer_to_all(self, offer: VersionOffer) -> _Outcome:
+    def _offer_to_all(self, offer: VersionOffer, wanted: set[str]) -> _Outcome:
+        """What became of it. Whoever serves or is wanted is waited for, unless it falls silent."""
         outcome = _Outcome()
         config = self._config
-        arguments = (offer, config.on_update, config.finish_timeout_s)
+        arguments = (offer, config.on_update, config.finish_timeout_s, config.timeout_s)
         for answer in self._replicas.call("update", *arguments, timeout_s=config.timeout_s, tick_s=_TICK_S):
             if isinstance(answer, Applied):
                 self._replicas.heard(answer.state)
@@ -290,7 +323,7 @@ class WeightSync:
                     logger.warning("replica %s: %s", answer.state.replica, answer.problem)
             elif answer is not None:
                 outcome.lost.append(f"{type(answer).__name__}: {answer}")
-            elif not self._replicas.unanswered(set(outcome.applied)):
+            elif not self._replicas.unanswered(wanted, set(outcome.applied)):
                 break  # whoever has not answered serves nothing any more
         return outcome
 
@@ -329,12 +362,12 @@ class WeightSync:
 
     def _bring_up(self, offer: VersionOffer) -> None:
         with self._replicas.book() as book:
-            behind = book.behind()
+            behind = {state.replica for state in book.behind()}
         if not behind:
             return
         self._ensure_stores()
         # Where a store was lost, the version is written anew, if the learners have it still.
-        self._update(self._offer or offer)
+        self._update(self._offer or offer, behind)
 
     def _calls(self) -> int:
         return self._replicas.calls + (self._stores.calls if self._stores is not None else 0)

@@ -36,6 +36,11 @@ class Admission:
         return self._lease.valid
 
     @property
+    def ended_s(self) -> float:
+        """See `Lease`."""
+        return self._lease.ended_s
+
+    @property
     def fenced(self) -> bool:
         """It was fenced, and not granted anything since."""
         return self._fenced

@@ -14,7 +14,7 @@ def encode_in_place(held: memoryview, new: memoryview, dtype: str, threshold: fl
     not add up over versions, and that replicas on its own node serve the same weights as all others.
     """
     encoded = encode_bucket(held, new, dtype, threshold)
-    if encoded.largest_error > 0:
+    if threshold > 0 and encoded.form != "whole":  # also where only the sign of a zero was left out
         apply_to_copy(encoded.data, held, new, dtype)
     return encoded
 

@@ -31,8 +31,10 @@ class ReplicaState:
     """Of its own clock, when it said so."""
     admitted: bool = True
     """It holds a lease."""
+    ended_s: float = -math.inf
+    """Of its own clock, when it ended its lease itself; grants from before count no more."""
     fenced: bool = False
-    """It has ended its lease itself; grants that it was given before count no more."""
+    """It did so, and was granted nothing since."""
     pid: int = 0
 
     @property
@@ -63,6 +65,11 @@ class Lease:
         self._clock = clock
 
     @property
+    def ended_s(self) -> float:
+        """When `end` was called last."""
+        return self._ended_s
+
+    @property
     def valid(self) -> bool:
         """Whether it may serve now."""
         return self._clock() < self._until_s
@@ -82,6 +89,8 @@ class _Member:
     state: ReplicaState
     heard_s: float
     may_serve_until_s: float = -math.inf
+    granted_since_s: float = -math.inf
+    """Of its clock; of the last grant."""
     fenced: bool = False
     serving: bool = False
 
@@ -119,6 +128,7 @@ class LeaseBook:
             granted[name] = member.state.clock_s
             # It read its clock before it was heard, so its lease ends before this.
             member.may_serve_until_s = max(member.may_serve_until_s, member.heard_s + self.lease_s)
+            member.granted_since_s = member.state.clock_s
             member.fenced = False
         fenced = tuple(name for name, member in self._members.items() if member.fenced)
         return Beat(self._beats, self.lease_s, granted, fenced)
@@ -129,7 +139,7 @@ class LeaseBook:
         if state.clock_s < member.state.clock_s:  # an answer that was overtaken
             return False
         member.state, member.heard_s = state, self._clock()
-        if state.fenced:
+        if state.ended_s >= member.granted_since_s:  # not where a later grant is on its way
             member.may_serve_until_s = -math.inf
         admitted = state.admitted and state.weights == self.weights and not member.serving
         member.serving |= admitted
@@ -153,6 +163,10 @@ class LeaseBook:
         """All that were admitted and not fenced since."""
         return {name for name, member in self._members.items() if member.serving}
 
+    def answering(self) -> set[str]:
+        """Names of those that were heard within a lease."""
+        return {member.state.replica for member in self._answering()}
+
     def known(self) -> list[str]:
         """All that were ever heard and not forgotten."""
         return list(self._members)
@@ -160,6 +174,11 @@ class LeaseBook:
     def silent_s(self, name: str) -> float:
         """How long ago it was heard."""
         return self._clock() - self._members[name].heard_s
+
+    def stood_still(self, seconds: float) -> None:
+        """Nobody was asked for so long, so nobody was silent."""
+        for member in self._members.values():
+            member.heard_s += seconds
 
     def silent(self) -> list[str]:
         """Replicas that were not heard for as long as a lease."""

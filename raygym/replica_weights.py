@@ -76,7 +76,14 @@ class ReplicaWeights:
         admission = self.admission
         clock_s = time.monotonic()
         return ReplicaState(
-            self._replica, self._node, weights, clock_s, admission.admitted, admission.fenced, os.getpid()
+            self._replica,
+            self._node,
+            weights,
+            clock_s,
+            admission.admitted,
+            admission.ended_s,
+            admission.fenced,
+            os.getpid(),
         )
 
     def beat(self, beat: Beat) -> ReplicaState:
@@ -93,7 +100,9 @@ class ReplicaWeights:
             return str(error)
         return ""
 
-    async def update(self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float) -> Applied:
+    async def update(
+        self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float, load_timeout_s: float
+    ) -> Applied:
         """Verify the offered version, then pause, replace all weights, and resume. Nothing to do where it is served.
 
         Where it cannot be had, the replica goes on with what it has until the driver fences it. An error while the
@@ -103,14 +112,17 @@ class ReplicaWeights:
             offer: the version.
             on_update: what becomes of turns that run; see `raygym.in_flight`.
             finish_timeout_s: see `InFlight.updating`.
+            load_timeout_s: of the engine, to pause, load and resume. One that takes longer hangs.
         """
         async with self._updating:
             try:
-                return await self._update(offer, on_update, finish_timeout_s)
+                return await self._update(offer, on_update, finish_timeout_s, load_timeout_s)
             except Exception as error:
                 return Applied(self.state(), f"{type(error).__name__}: {error}")
 
-    async def _update(self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float) -> Applied:
+    async def _update(
+        self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float, load_timeout_s: float
+    ) -> Applied:
         if self.failure is not None:
             raise EngineError("it waits to be replaced, since an update before failed") from self.failure
         if self.state().weights == offer.weights:
@@ -126,19 +138,23 @@ class ReplicaWeights:
             return Applied(self.state(), f"{len(changed)} tensors had changed on their way", tuple(changed))
         verified = time.monotonic()
         async with self._in_flight.updating(on_update, finish_timeout_s) as update:
-            await self._load(path, offer.weights)
+            await self._load(path, offer.weights, load_timeout_s)
         seconds = {"verify": verified - started, "load": time.monotonic() - verified}
         return Applied(self.state(), turns_restarted=update.restarted, turns_late=update.late, seconds=seconds)
 
-    async def _load(self, path: str, weights: WeightsId) -> None:
+    async def _load(self, path: str, weights: WeightsId, timeout_s: float) -> None:
         try:
-            await self._engine.pause()
-            loaded = await self._engine.load_weights(path, weights.version)
-            if loaded != weights.checksum:
-                raise WeightsError(f"the engine loaded {loaded}, but version {weights.version} is {weights.checksum}")
-            await self._engine.resume()
+            async with asyncio.timeout(timeout_s) as deadline:
+                await self._engine.pause()
+                loaded = await self._engine.load_weights(path, weights.version)
+                if loaded != weights.checksum:
+                    raise WeightsError(
+                        f"the engine loaded {loaded}, but version {weights.version} is {weights.checksum}"
+                    )
+                await self._engine.resume()
         except BaseException as error:
-            self.failure = error
+            late = EngineError(f"the engine did not load version {weights.version} within {timeout_s:g} s")
+            self.failure = late if deadline.expired() else error
             self.admission.fence()
             self._fenced()
-            raise
+            raise self.failure from None

@@ -38,6 +38,23 @@ class WeightsId:
 
 
 @dataclass(frozen=True, slots=True)
+class Sending:
+    """How learner 0 sends."""
+
+    updates: int | None = None
+    """That the weights must have seen; None: any number."""
+    threshold: float | None = None
+    """What changed by at most this against the other slot stays as it is there; None: nothing does."""
+    whole: bool = False
+    """With a threshold: buckets travel whole all the same, to whoever has lost what he held."""
+
+    @property
+    def delta(self) -> bool:
+        """Buckets travel as what changed."""
+        return self.threshold is not None and not self.whole
+
+
+@dataclass(frozen=True, slots=True)
 class VersionOffer:
     """A version that is whole in the memory of each node, for its replicas to take."""
 
@@ -62,7 +79,7 @@ class Published:
     """From then until each replica served it; waiting for turns included."""
     turns_restarted: int = 0
     turns_late: int = 0
-    """Over all replicas, as in `policy_server.Applied`."""
+    """Over all replicas, as in `replica_weights.Applied`."""
     replicas: int = 0
     """That serve it."""
     fenced: int = 0

@@ -45,7 +45,9 @@ class Replica:
 
     def state(self) -> ReplicaState:
         admission = self.admission
-        return ReplicaState(self.name, "n", self.weights, self.clock(), admission.admitted, admission.fenced)
+        return ReplicaState(
+            self.name, "n", self.weights, self.clock(), admission.admitted, admission.ended_s, admission.fenced
+        )
 
     def serves(self) -> WeightsId | None:
         return self.weights if self.admission.admitted and not self.stopped else None
@@ -132,7 +134,9 @@ def test_what_is_overtaken_is_ignored() -> None:
 
 
 steps = st.lists(
-    st.tuples(st.sampled_from(["beat", "tick", "stop", "cont", "update", "publish", "fence"]), st.integers(0, 2)),
+    st.tuples(
+        st.sampled_from(["beat", "hear", "tick", "stop", "cont", "update", "publish", "fence"]), st.integers(0, 2)
+    ),
     max_size=80,
 )
 
@@ -140,10 +144,11 @@ steps = st.lists(
 @settings(max_examples=200)
 @given(steps)
 def test_nobody_serves_what_was_declared_past(moves: list[tuple[str, int]]) -> None:
-    """Beats are queued in stopped replicas and read when they go on, however late."""
+    """Beats are queued in stopped replicas and read when they go on, however late; so are their answers on the way."""
     time = Time()
     book = LeaseBook(LEASE_S, time)
     replicas = [Replica(f"r{i}", time, 1000.0 * i, WeightsId()) for i in range(3)]
+    answers: list[ReplicaState] = []
     version, past = 0, False
     for move, index in moves:
         replica = replicas[index]
@@ -151,6 +156,10 @@ def test_nobody_serves_what_was_declared_past(moves: list[tuple[str, int]]) -> N
             sent = book.beat()
             for each in replicas:
                 each.inbox.append(sent)
+        elif move == "hear":
+            for state in answers if index else reversed(answers):
+                book.heard(state)
+            answers.clear()
         elif move == "tick":
             time.now += (0.5, 3.0, 11.0)[index]
         elif move == "stop":
@@ -159,7 +168,9 @@ def test_nobody_serves_what_was_declared_past(moves: list[tuple[str, int]]) -> N
             replica.stopped = False
         elif move == "update" and not replica.stopped:
             replica.weights = book.weights
-            book.heard(replica.state())
+            answers.append(replica.state())
+            if index:
+                book.heard(answers[-1])
         elif move == "publish":
             version += 1
             book.updating(WeightsId(version, str(version)))
@@ -177,12 +188,56 @@ def test_nobody_serves_what_was_declared_past(moves: list[tuple[str, int]]) -> N
             if not each.stopped:
                 for sent in each.inbox:
                     each.admission.beat(sent)
-                    book.heard(each.state())
+                    answers.append(each.state())
                 each.inbox.clear()
+        time.now += 0.001
         if past:
             assert all(each.serves() in (None, book.weights) for each in replicas)
         may_serve = book.may_serve()
         assert all(each.name in may_serve for each in replicas if each.serves() is not None)
+
+
+def test_a_late_answer_does_not_hide_a_grant_that_is_on_its_way() -> None:
+    time = Time()
+    book, replica = LeaseBook(LEASE_S, time), Replica("r", time, 0.0)
+    book.weights = OLD
+    for _ in range(2):
+        beat(book, replica)
+    book.updating(NEW)
+    book.updated()
+    book.fence("r")
+    fencing = book.beat()
+    time.now = 1.0
+    replica.weights = NEW
+    applied = replica.state()
+    time.now = 2.0
+    assert replica.admission.beat(fencing)
+    late = replica.state()
+    book.heard(applied)
+    grant = book.beat()
+    book.heard(late)
+    time.now = 3.0
+    replica.admission.beat(grant)
+    book.heard(replica.state())
+    for _ in range(2):
+        time.now += 1.0
+        beat(book, replica)
+    assert replica.serves() == NEW and "r" in book.may_serve()
+
+
+def test_a_driver_that_stood_still_calls_nobody_silent() -> None:
+    time = Time()
+    book, replica = LeaseBook(LEASE_S, time), Replica("r", time, 0.0)
+    book.weights = OLD
+    for _ in range(2):
+        beat(book, replica)
+    time.now = 100.0
+    assert book.silent() == ["r"]
+    book.stood_still(100.0)
+    assert book.silent() == [] and replica.serves() is None, "its lease has ended all the same"
+    beat(book, replica)
+    beat(book, replica)
+    assert replica.serves() == OLD
 
 
 async def test_turns_wait_for_a_lease_and_fail_where_it_is_fenced() -> None:

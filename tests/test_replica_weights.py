@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from raygym.delta_sending import apply_to_copy, encode_in_place
+from raygym.engine import EngineError
 from raygym.in_flight import InFlight
 from raygym.replica_weights import ReplicaWeights
 from raygym.simulate import SimulatedConfig, SimulatedEngine
@@ -100,7 +102,7 @@ class Replica:
         self.fenced += 1
 
     async def update(self, offer: VersionOffer) -> Any:
-        return await self.weights.update(offer, "keep", 1.0)
+        return await self.weights.update(offer, "keep", 1.0, load_timeout_s=5.0)
 
 
 @pytest.fixture
@@ -183,3 +185,31 @@ async def test_an_engine_that_fails_while_it_loads_is_unusable(
     assert isinstance(replica.weights.failure, WeightsError)
     assert refused.state.fenced and not refused.state.admitted and replica.fenced == 1
     assert "an update before failed" in (await replica.update(offer_of(slots, manifest, 2))).problem
+
+
+async def test_an_engine_that_hangs_while_it_loads_is_given_up(
+    slots: WeightSlots, manifest: Manifest, model_dir: Path
+) -> None:
+    replica = Replica(model_dir)
+
+    async def load_weights(path: str, version: int) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    replica.engine.load_weights = load_weights  # type: ignore[method-assign]
+    offer = offer_of(slots, manifest, 1)
+    refused = await replica.weights.update(offer, "restart_turn", 1.0, load_timeout_s=0.05)
+    assert "did not load version 1 within 0.05 s" in refused.problem and refused.state.fenced
+    with pytest.raises(EngineError, match="unusable"):
+        await replica.weights._in_flight.run(lambda: asyncio.sleep(0))
+
+
+def test_a_delta_leaves_the_sender_with_what_the_receivers_have() -> None:
+    held, new = np.asarray([0.0, 1.0, 2.0], np.float32), np.asarray([-0.0, 1.0005, 3.0], np.float32)
+    receiver = np.empty_like(held)
+    encoded = encode_in_place(held.data.cast("B"), new.data.cast("B"), "float32", 0.01)
+    apply_to_copy(encoded.data, held.data.cast("B"), receiver.data.cast("B"), "float32")
+    assert receiver.tobytes() == new.tobytes() and new[2] == 3.0
+    zeros = np.asarray([-0.0, 1.0, 2.0], np.float32)
+    encode_in_place(held.data.cast("B"), zeros.data.cast("B"), "float32", 0.01)
+    assert zeros.tobytes() == held.tobytes(), "also where only the sign of a zero is left out"

@@ -30,6 +30,7 @@ class Fleet:
     """Two replicas, a sender, and turns that never stop."""
 
     def __init__(self, handle: Any, app: str, files: ModelFiles) -> None:
+        from raygym.actors.serving import wanted_replicas
         from raygym.actors.supervisor import Supervisor
         from raygym.actors.weight_health import WeightHealth
         from raygym.actors.weight_sync import WeightSync
@@ -38,7 +39,9 @@ class Fleet:
         self.app = app
         self.events: list[PartEvent] = []
         config = SyncConfig(lease_s=LEASE_S, timeout_s=TIMEOUT_S, bucket_mib=1)
-        health = WeightHealth(Supervisor(record=self.events.append))
+        health = WeightHealth(
+            Supervisor(record=self.events.append), lambda: wanted_replicas(app.removeprefix("raygym-"))
+        )
         self.sync = WeightSync(config, cast(Any, files), handle, 2, 120.0, health)
         self.version = 0
         self.asked: list[tuple[float, float, Generation]] = []
@@ -241,6 +244,7 @@ def more(two: Fleet) -> None:
 def fewer(two: Fleet) -> None:
     from raygym.actors.serving import scale
 
+    lost = [event.what for event in two.events].count(What.LOST)
     scale("two", 2)
     deadline = time.monotonic() + 60
     while len(two.sync.serving()) > 2:
@@ -250,3 +254,4 @@ def fewer(two: Fleet) -> None:
     began = time.monotonic()
     two.wait_for_answers(began)
     current_only(two, began)
+    assert [event.what for event in two.events].count(What.LOST) == lost, "what is taken away is not lost"

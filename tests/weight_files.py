@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from raygym.config import PolicyConfig
 from raygym.models import resolve_policy
-from raygym.weights import Manifest, plan_manifest
+from raygym.weights import Manifest, Sending, plan_manifest
 
 _STEP = 0.07
 
@@ -53,17 +53,23 @@ class ModelFiles:
             def corrupt(self, times: int) -> None:
                 self.corrupted = times
 
+            def ping(self) -> int:
+                return 0
+
             def open_slots(self, paths: list[str], base: int) -> None:
                 self.sender = WeightSender(OpenSlots(paths, base))
+
+            def drop_slots(self) -> None:
+                self.sender.slots = None
 
             def join_weight_group(self, group: str, size: int, timeout_s: float) -> None:
                 self.sender.join(group, size, timeout_s)
 
             def publish_weights(
-                self, manifest: Manifest, slot: int, buckets: Any, updates: Any, threshold: Any, timeout_s: float
+                self, manifest: Manifest, slot: int, buckets: Any, sending: Sending, timeout_s: float
             ) -> Any:
                 named = lambda names: ((n, self.weights[n]) for n in names)  # noqa: E731
-                sent = self.sender.send(manifest, named, slot, buckets, timeout_s, threshold)
+                sent = self.sender.send(manifest, named, slot, buckets, timeout_s, sending)
                 if self.corrupted:
                     self.corrupted -= 1
                     self.sender.slots.data(slot)[manifest.buckets[buckets[-1]].start] ^= 0x40
@@ -86,7 +92,7 @@ class ModelFiles:
             raise LearnerError(f"learner rank 0 of 1 failed in {method}: {error}") from error
 
     def publish_weights(self, *args: Any) -> Any:
-        return self.call_first("publish_weights", *args, timeout_s=2 * args[-1])
+        return self.call_first("publish_weights", *args, timeout_s=2 * args[-1] + 10)
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from raygym.actors.weight_sender import SentVersion
 from raygym.actors.weight_store import start_store
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import HttpConfig, LearnerConfig, PolicyConfig, SyncConfig
-from raygym.weights import Manifest, Published, WeightsId
+from raygym.weights import Manifest, Published, Sending, WeightsId
 
 _TIMEOUT_S = 120.0
 
@@ -56,7 +56,7 @@ class Stores:
         buckets = list(range(len(self._manifest.buckets)))
         started = time.perf_counter()
         receiving = [store.receive.remote(self._slot, buckets) for store in self._receivers]
-        sent = self._gang.publish_weights(self._manifest, self._slot, buckets, None, None, _TIMEOUT_S)
+        sent = self._gang.publish_weights(self._manifest, self._slot, buckets, Sending(), _TIMEOUT_S)
         ray.get(receiving, timeout=_TIMEOUT_S)
         return self._manifest.nbytes / 2**30 / (time.perf_counter() - started), sent
 

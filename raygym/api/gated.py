@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from raygym.admission import Admission
 from raygym.api.call import current_call
 from raygym.api.errors import ApiError
@@ -29,9 +31,14 @@ class Gated:
             await self._app(scope, receive, send)
             return
         try:
-            # Only on the way in: the client may have read the beginning of the answer when a replica is fenced.
-            await self._admission.enter()
+            fences = await self._admission.enter()
+
+            async def admitted_send(message: Any) -> None:
+                # A replica that was fenced meanwhile answers nothing; a stream that has begun breaks off.
+                await self._admission.leave(fences)
+                await send(message)
+
             # Not restartable: the client may have read the beginning of the answer.
-            await self._in_flight.run(lambda: self._app(scope, receive, send), restartable=False)
+            await self._in_flight.run(lambda: self._app(scope, receive, admitted_send), restartable=False)
         except EngineError as error:
             raise ApiError(503, str(error), code="engine_lost") from error
