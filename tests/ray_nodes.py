@@ -32,6 +32,10 @@ class Node:
             time.sleep(0.1)
         self.node_id: str = new[0]["NodeID"]
 
+    def processes(self) -> list[psutil.Process]:
+        """All that run on it."""
+        return psutil.Process(self._process.pid).children(recursive=True)
+
     def end(self, how: int = signal.SIGTERM) -> None:
         """End all of its processes.
 

@@ -14,6 +14,7 @@ from weight_files import ModelFiles, simulated_engines
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import SyncConfig
 
+TIMEOUT_S = 15.0
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -24,7 +25,7 @@ def test_each_node_receives_once_and_one_that_is_lost_is_left_out(ray_cluster: N
         simulated_engines("nodes", 4, turn_latency_s=0.05) as (handle, model_dir),
     ):
         files = ModelFiles(model_dir, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
-        config = SyncConfig(lease_s=4, timeout_s=30, bucket_mib=1)
+        config = SyncConfig(lease_s=4, timeout_s=TIMEOUT_S, bucket_mib=1)
         sync = WeightSync(config, cast(Any, files), handle, 4, 120.0)
         try:
             sync.connect()
@@ -54,12 +55,16 @@ def test_each_node_receives_once_and_one_that_is_lost_is_left_out(ray_cluster: N
 
             # A stopped member of the group blocks the broadcast until it is found out.
             (other,) = {first, second} - {lost}
-            if other.node_id in {state.node for state in after}:
-                store = sync._stores._stores[other.node_id].actor  # type: ignore[union-attr]
-                ray.kill(store)
+            on_other = [state for state in after if state.node == other.node_id]
+            if on_other:
+                (store,) = [p for p in other.processes() if "ray::WeightStore" in " ".join(p.cmdline())]
+                store.suspend()
                 files.call("change", 5)
+                began = time.monotonic()
                 assert sync.publish(5).replicas >= 1
-                assert len(sync.settle(60, 4)) == 4
+                assert time.monotonic() - began < 4 * TIMEOUT_S
+                assert not store.is_running()
+                assert len(sync.settle(60, 4)) == 4, "another store has taken its place"
         finally:
             sync.close()
             ray.kill(files.actor)
