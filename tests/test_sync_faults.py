@@ -78,6 +78,13 @@ class Fleet:
             time.sleep(0.05)
         return found
 
+    def wait_for_events(self, kind: Kind, what: list[What]) -> None:
+        """They are told by a thread of their own."""
+        deadline = time.monotonic() + 30
+        while (found := [event.what for event in self.events if event.kind is kind]) != what:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.05)
+
     async def _ask(self) -> None:
         from raygym.actors.policy_server import DEPLOYMENT
         from raygym.actors.turn_exchange import TurnExchange
@@ -182,9 +189,8 @@ def a_killed_replica(two: Fleet) -> None:
     current_only(two, began)
     after = two.sync.settle(60, 2)
     assert len(after) == 2 and len(pids(after) - pids(before)) == 1
-    told = [(event.what, event.kind, event.name) for event in two.events]
-    name = f"replica {victim.replica}"
-    assert told == [(What.LOST, Kind.REPLICA, name), (What.RECOVERED, Kind.REPLICA, name)]
+    two.wait_for_events(Kind.REPLICA, [What.LOST, What.RECOVERED])
+    assert {event.name for event in two.events} == {f"replica {victim.replica}"}
     assert victim.replica not in {state.replica for state in after}
 
 
@@ -217,7 +223,7 @@ def a_killed_store(two: Fleet) -> None:
     assert published.replicas == 2 and published.resent_buckets > 0
     (other,) = stores()
     assert other.pid != store.pid
-    assert [event.what for event in two.events if event.kind is Kind.WEIGHT_STORE] == [What.LOST, What.RECOVERED]
+    two.wait_for_events(Kind.WEIGHT_STORE, [What.LOST, What.RECOVERED])
 
 
 def all_killed(two: Fleet) -> None:
