@@ -22,13 +22,20 @@ def wait_ended(pids: Collection[int], timeout_s: float) -> bool:
 
 
 def _runs(pid: int) -> bool:
+    if not Path("/proc/self/task").exists():
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return False
+        return True
+    # Of all threads: the first one may have ended while another still writes.
+    with suppress(OSError):
+        return any(_thread_runs(task) for task in Path(f"/proc/{pid}/task").iterdir())
+    return False
+
+
+def _thread_runs(task: Path) -> bool:
     with suppress(OSError):
         # Behind the name, which may hold anything. A zombie does nothing more, whoever waits for it.
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
-    if Path("/proc/self/stat").exists():
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
+        return (task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    return False
