@@ -6,10 +6,12 @@ import logging
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,14 @@ from raygym import cluster_guard
 from raygym.config import ConfigError, HttpConfig
 from raygym.testing import chaos
 
+# Ray and Serve give up on their own processes after seconds, which the start of several engines and learners on a small
+# machine can take.
+_PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_agent_register_timeout_ms": "120000",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
 _GUARD_TIMEOUT_S = 60.0
 _TOKEN_FILE = Path(".ray") / "auth_token"
 
@@ -30,7 +40,7 @@ class _OwnCluster:
 
     def __init__(self) -> None:
         """Before Ray's start, so that its death in the middle of it is seen to as well."""
-        root, driver = Path(get_default_ray_temp_dir()), os.getpid()
+        root, driver = Path(get_default_ray_temp_dir()).resolve(), os.getpid()
         self._root = root
         self._known = cluster_guard.sessions_of(root, driver)
         arguments = [str(root), str(driver), str(cluster_guard.GRACE_S), *self._known]
@@ -42,10 +52,29 @@ class _OwnCluster:
             start_new_session=True,
         )
 
-    def hide_token(self) -> None:
-        """Ray leaves the file of its token as the user's umask makes it, which other users can often read."""
-        with suppress(FileNotFoundError):  # the token came from a variable or another file
-            (Path.home() / _TOKEN_FILE).chmod(0o600)
+    @contextmanager
+    def hidden_token(self) -> Iterator[None]:
+        """Ray leaves the file of its token as the user's umask makes it, which other users can often read.
+
+        Where it makes one in here, its folder lets nobody else in until the file does not either. Another umask would
+        be inherited by Ray's workers, and be that of what they write.
+        """
+        token = Path.home() / _TOKEN_FILE
+        made, folder = not token.exists(), token.parent
+        mode: int | None = None
+        if made:
+            with suppress(OSError):  # a home that cannot be written: Ray says so itself, if it needs the file
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                mode = stat.S_IMODE(folder.stat().st_mode)
+                folder.chmod(0o700)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the token came from a variable or another file
+                token.chmod(0o600)
+            if mode is not None:
+                with suppress(OSError):
+                    folder.chmod(mode)
 
     def end(self, *, keep_logs: bool) -> Path | None:
         """Wait until nothing of it is left, Ray itself being shut down; returns where its logs are kept."""
@@ -99,15 +128,17 @@ def connect() -> None:
             options.pop("runtime_env")
         _init(address="auto", **options)
         return
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
     _logs, _own = None, _OwnCluster()
     cluster_allowed = ray_constants.ENABLE_RAY_CLUSTER
     # Ray's own switch for machines that no other one may join; given as an option, 127.0.0.1 is replaced.
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        _init(address="local", include_dashboard=False, **options)
+        with _own.hidden_token():
+            _init(address="local", include_dashboard=False, **options)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster_allowed
-    _own.hide_token()
 
 
 def _init(**options: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raygym.learner_state import TrainState
+from raygym.learner_state import LearnerStateError, TrainState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -145,7 +145,7 @@ class _ZeRO3(_SharedOut):
     def begin_write(self, optimizer_steps: int) -> None:
         optimizer = self._engine.optimizer
         if optimizer.swap_optimizer:
-            raise NotImplementedError(
+            raise LearnerStateError(
                 "the optimizer's state is offloaded to NVMe, into which raygym cannot load a checkpoint; resume with "
                 "learner.deepspeed.zero_optimization.offload_optimizer.device: cpu"
             )

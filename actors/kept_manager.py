@@ -79,6 +79,8 @@ class KeptManager:
 
         Raises:
             RolloutStopped: they cannot be had, or too many managers in a row were lost.
+            GivenUp: another part that the manager watches was lost more often than the config allows.
+            Exception: whatever `progress` raises.
         """
         while True:
             manager, collected = self._answered("collect", lambda: (step,), progress)

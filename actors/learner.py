@@ -74,8 +74,11 @@ class LearnerActor:
         host, port = self._listening.getsockname()[:2]
         return host, port
 
-    def setup(self, rendezvous: Rendezvous) -> None:
+    def setup(self, rendezvous: Rendezvous) -> tuple[str, int]:
         """Join the gang at rank 0's `rendezvous` and load the policy. All ranks at once.
+
+        Returns:
+            This process: the node that it is on, and its id there.
 
         Raises:
             ValueError: the policy is not one that the learner computes exactly.
@@ -130,6 +133,7 @@ class LearnerActor:
             flops=flops,
             peak_flops=self._peak_flops(),
         )
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     @property
     def _plain_optimizer(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -17,15 +18,20 @@ from raygym.actors.ray_errors import cause
 from raygym.actors.weight_sender import SentVersion
 from raygym.config import LearnerConfig
 from raygym.learner_state import LearnerStateError
+from raygym.process_end import wait_ended
 from raygym.types import Float32Array, TrainSequence
 from raygym.update import LearnStats
 from raygym.weights import Manifest, Sending
 
+logger = logging.getLogger(__name__)
 GANG = "the learner gang"
 """What people are told is lost."""
 _CLOSE_TIMEOUT_S = 10.0
 _KILL_TIMEOUT_S = 10.0
 _SEND_MARGIN_S = 10.0
+# For processes that the driver cannot see: on other nodes, or not set up yet. Ray says that an actor is dead as soon as
+# it has told the node to end it.
+_UNSEEN_END_S = 1.0
 # Of an answer that is there already.
 _ANSWER_TIMEOUT_S = 1.0
 
@@ -47,6 +53,7 @@ class LearnerGroup:
         self._ready = [actor.setup.remote(rendezvous) for actor in actors]
         # Ranks must get calls in the same order, also from two threads: in them they wait for each other.
         self._submitting = threading.Lock()
+        self._processes: list[tuple[str, int]] = []
         self._pings: list[Any] = []
         self._pinged = 0.0
 
@@ -76,7 +83,7 @@ class LearnerGroup:
             self._placement.wait_placed(max(0.0, deadline - time.monotonic()))
         except PlacementError as error:
             raise LearnerError(str(error)) from error
-        self._collect(self._ready, "setup", max(0.0, deadline - time.monotonic()))
+        self._processes = self._collect(self._ready, "setup", max(0.0, deadline - time.monotonic()))
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
         """One step's optimizer updates; see `LearnerActor.update`."""
@@ -208,6 +215,12 @@ class LearnerGroup:
             ray.kill(actor)
         last = [actor.ping.remote() for actor in self.actors]
         ray.wait(last, num_returns=len(last), timeout=_KILL_TIMEOUT_S)
+        here = ray.get_runtime_context().get_node_id()
+        seen = [pid for node, pid in self._processes if node == here]
+        if not wait_ended(seen, _KILL_TIMEOUT_S):
+            logger.warning("processes of learners have not ended: one of %s", seen)
+        if len(seen) < len(self.actors):
+            time.sleep(_UNSEEN_END_S)
         self._placement.release()
 
 

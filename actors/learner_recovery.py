@@ -33,7 +33,8 @@ def train_through_losses(
         What summary.json holds.
 
     Raises:
-        GivenUp: the gang was lost more often than `supervision.learner_restarts` allows.
+        GivenUp: the gang, or another part, was lost more often than `supervision` allows.
+        LearnerStateError, RolloutStopped, WeightsError, AlarmStop, DiskFull: as `Trainer.run`.
     """
     trainer = Trainer(config, session, files, console, resumed)
     lost: LearnerError | None = None

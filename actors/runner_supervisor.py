@@ -50,6 +50,8 @@ class RunnerSupervisor:
         self._backoff = [Backoff(supervision.first_wait_s, most_s=30.0) for _ in runners]
         self._changed = asyncio.Condition()
         self._last_error = ""
+        # Of one that was lost under an earlier manager, that it answers now has to be told.
+        self._answered = [False] * len(runners)
         self._events: list[PartEvent] = []
         for up in self._up:
             up.set()
@@ -97,7 +99,7 @@ class RunnerSupervisor:
         return [up.is_set() for up in self._up]
 
     def take_events(self) -> tuple[PartEvent, ...]:
-        """What became of runners since the last call."""
+        """What became of runners since the last call. Each is `recovered` when it answers for the first time."""
         events, self._events = self._events, []
         return tuple(events)
 
@@ -142,9 +144,11 @@ class RunnerSupervisor:
             logger.warning("EnvRunner %d: %s", index, error)
         else:
             self._backoff[index].succeeded()
+            if not (self._answered[index] and self._up[index].is_set()):
+                self._event(index, What.RECOVERED)
+            self._answered[index] = True
             if not self._up[index].is_set():
                 logger.warning("EnvRunner %d is up again", index)
-                self._event(index, What.RECOVERED)
                 self._up[index].set()
                 await self._tell()
 

@@ -13,8 +13,9 @@ from raygym.actors.ray_errors import cause as cause
 from raygym.actors.serving import front_options, with_engine_defaults
 from raygym.actors.session import Session
 from raygym.actors.supervisor import Supervisor
-from raygym.config import RunConfig
+from raygym.config import ConfigError, RunConfig
 from raygym.console import RunConsole
+from raygym.deepspeed_options import unloadable_state
 from raygym.metrics import validation_metrics
 from raygym.resume import FinishedError, ResumePoint, only_writer, resume_point
 from raygym.run_files import RunFiles
@@ -31,6 +32,9 @@ def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_confi
         model_dir: the policy's files.
         fresh: an earlier run of this name is moved aside, also where it could go on.
         allow_config_change: it goes on also where the config has changed.
+
+    Raises:
+        ConfigError: the run cannot begin, or not go on, as it is configured.
     """
     config, port = prepared(config, model_dir)
     console = RunConsole(config.steps)
@@ -45,6 +49,10 @@ def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_confi
 
 def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, resumed: ResumePoint | None) -> None:
     started = time.monotonic()
+    if unloadable := unloadable_state(config.learner.deepspeed):
+        if resumed is not None:
+            raise ConfigError(unloadable)
+        console.line(f"warning: {unloadable}")
     files = RunFiles(config, resumed, console.line)
     console.line(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
     if files.moved_to is not None:

@@ -60,6 +60,7 @@ class Session:
         self.port = port
         self._stopped = False
         self._app_guard: AppGuard | None = None
+        self._deploying: Future[Any] | None = None
         self._learners: LearnerGroup | None = None
         self._nemo_gym: NemoGym | None = None
         self._rollouts: Rollouts | None = None
@@ -108,7 +109,7 @@ class Session:
         self._app_guard = AppGuard(serving.app_name(config.name), on_own_cluster=cluster.is_own())
         front = serving.front_options(config)
         arguments = (config.name, config.policy, self._model_dir, self.port, front)
-        deploying = pool.submit(serving.deploy, *arguments, leased=self._learning)
+        self._deploying = pool.submit(serving.deploy, *arguments, leased=self._learning)
         pool.shutdown(wait=False)
         if self._learning:
             self._launch_learners()
@@ -123,7 +124,7 @@ class Session:
             )
             self._rollouts.wait_ready(config.policy.startup_timeout_s)
             self._nemo_gym.wait_ready()
-        self._engines = _wait_deployed(deploying, config.policy.startup_timeout_s)
+        self._engines = _wait_deployed(self._deploying, config.policy.startup_timeout_s)
         if self._learning:
             self._connect_learners()
         freeze_past()
@@ -139,6 +140,7 @@ class Session:
 
         Raises:
             LearnerError: it could not be started.
+            WeightsError: it could not be made the sender.
         """
         self.end_learners()
         self._launch_learners()
@@ -176,7 +178,9 @@ class Session:
             failed = error is not None and not isinstance(error, KeyboardInterrupt)
             stack.callback(_ended, partial(cluster.disconnect, keep_logs=failed))
             if self._app_guard is not None:
-                stack.callback(_ended, partial(self._app_guard.undeploy, self._config.name))
+                still = self._deploying is not None and not self._deploying.done()
+                undeploy = partial(self._app_guard.undeploy, self._config.name, deploys_still=still)
+                stack.callback(_ended, undeploy)
             if self._learners is not None:
                 stack.callback(_ended, self._learners.shutdown)
             if self._weights is not None:

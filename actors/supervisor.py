@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from raygym.supervision import GivenUp, Health, Kind, PartEvent, What
@@ -13,7 +14,8 @@ from raygym.supervision_config import SupervisionConfig
 class Supervisor:
     """Counts restarts against their budgets, and tells people. What to do about a loss is its caller's policy.
 
-    Whoever finds a part lost calls `lost`, makes another one, and calls `recovered` when it works.
+    Whoever finds a part lost calls `lost`, makes another one, and calls `recovered` when it works. Events are told in
+    order, one at a time, by whichever thread is at it: another one that brings more meanwhile does not wait for it.
     """
 
     def __init__(
@@ -35,6 +37,9 @@ class Supervisor:
         self._record = record
         self._told = told
         self._lock = threading.Lock()
+        self._untold: deque[PartEvent] = deque()
+        # Held by who tells. It is not the lock of the counts: telling may write to a disk.
+        self._telling = threading.Lock()
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -55,24 +60,28 @@ class Supervisor:
         """
         with self._lock:
             events = self._health.lost(kind, name, cause, at_s)
-            self._tell(events)
+            self._untold.extend(events)
+        self._tell()
         if events[-1].what is What.GIVEN_UP:
             raise GivenUp(events[-1].cause)
 
     def restarted(self, kind: Kind, name: str) -> None:
         """A lost part runs again, but does not do its work yet."""
         with self._lock:
-            self._tell(self._health.restarted(kind, name))
+            self._untold.extend(self._health.restarted(kind, name))
+        self._tell()
 
     def recovered(self, kind: Kind, name: str, at_s: float | None = None) -> None:
         """A part works; where it was lost, that is told with the seconds that it took."""
         with self._lock:
-            self._tell(self._health.recovered(kind, name, at_s))
+            self._untold.extend(self._health.recovered(kind, name, at_s))
+        self._tell()
 
     def given_up(self, kind: Kind, name: str, cause: str, at_s: float | None = None) -> None:
         """One part stays lost, and the run goes on without it."""
         with self._lock:
-            self._tell(self._health.given_up(kind, name, cause, at_s))
+            self._untold.extend(self._health.given_up(kind, name, cause, at_s))
+        self._tell()
 
     def progressed(self, kind: Kind) -> None:
         """See `Health.progressed`."""
@@ -94,8 +103,14 @@ class Supervisor:
         with self._lock:
             return self._health.take_metrics()
 
-    def _tell(self, events: Sequence[PartEvent]) -> None:
-        for event in events:
-            self._record(event)
-            if event.what is not What.RESTARTED:
-                self._told(str(event))
+    def _tell(self) -> None:
+        # Again after the release: somebody may have come too late for this round and too early for the lock.
+        while self._untold and self._telling.acquire(blocking=False):
+            try:
+                while self._untold:
+                    event = self._untold.popleft()
+                    self._record(event)
+                    if event.what is not What.RESTARTED:
+                        self._told(str(event))
+            finally:
+                self._telling.release()

@@ -67,7 +67,17 @@ class Trainer:
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
 
     def run(self) -> dict[str, Any]:
-        """Train for `steps` steps. Returns what summary.json holds."""
+        """Train for `steps` steps. Returns what summary.json holds.
+
+        Raises:
+            LearnerError: the gang is lost; another one can go on from the last checkpoint.
+            LearnerStateError: the checkpoint is not one of this policy.
+            RolloutStopped: the rollouts cannot go on.
+            WeightsError: the engines cannot be given the weights.
+            AlarmStop: an alarm ends the run; the last whole step was saved.
+            GivenUp: a part was lost more often than the config allows.
+            DiskFull: there was no room for a file of the run within `logging.disk_wait_s`.
+        """
         session, version = self._session, self._begin()
         for step in range(version, self._config.steps):
             with self._timed("step"), self._console.live(f"step {step + 1}"):
@@ -121,7 +131,8 @@ class Trainer:
         self._session.supervisor.recovered(Kind.LEARNER, GANG)
         self._validation.rewards.update(self._files.validation_rewards)
         self._console.resume(step)
-        if not self._files.has_row(step):
+        # What was lost before its first checkpoint begins anew: step 0 has a row only where it is validated.
+        if not self._files.has_row(step) and (step or self._validation.due(step)):
             self._validate(step, self._write(step, row))
         return step
 
@@ -178,7 +189,7 @@ class Trainer:
         self._doing = "finishing"
         with self._console.live("waiting for the last validation"):
             self._validation.wait()
-        self._checkpoints.retain(self._files.scores)
+        self._files.disk.write(str(self._checkpoints.path), partial(self._checkpoints.retain, self._files.scores))
         summary: dict[str, Any] = {
             "name": self._config.name,
             "steps": self._config.steps,
@@ -208,8 +219,11 @@ class Trainer:
         saving = partial(self._write_checkpoint, step, row, rollouts)
         if last:
             disk.write(what, saving, _RETRY_SAVING_EVERY_S)
-        else:
-            disk.attempt(what, saving, "the run goes on, and the next checkpoint is tried when it is due")
+        elif not disk.attempt(what, saving, "the run goes on, and the next checkpoint is tried when it is due"):
+            return
+        # Once, also after the last one: the run's end does it again.
+        retaining = partial(self._checkpoints.retain, self._files.scores)
+        disk.attempt("which checkpoint is the newest and the best", retaining, "the next checkpoint tells it")
 
     def _write_checkpoint(self, step: int, row: Row, rollouts: RolloutState) -> None:
         """Make the checkpoint of a step, which a validation of its policy may be playing meanwhile.
@@ -226,7 +240,6 @@ class Trainer:
                 session.learners.save_state(str(state.resolve()))
                 require_shared(folder, ("config.json", "training_state/learner.json"))
                 save_run_state(state, rollouts, row, self._validation.due(step))
-            self._checkpoints.retain(self._files.scores)
 
     def _collecting(self, progress: str) -> None:
         self._session.learners.check_alive()  # they have nothing to do now, so nobody else would notice

@@ -72,9 +72,10 @@ class CheckpointStore:
         if self.path.is_dir():
             for entry in list(self.path.iterdir()):
                 if ".tmp-" in entry.name:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    # What is left, where somebody still writes into it, goes the next time: it is no checkpoint.
+                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
                 elif entry.name.endswith(".new"):
-                    entry.unlink()
+                    entry.unlink(missing_ok=True)
 
     def newest_whole(self, told: Callable[[str], None]) -> Checkpoint | None:
         """The newest one that is as it was written; None where there is none.
@@ -93,7 +94,7 @@ class CheckpointStore:
     def writing(self, step: int, config: Mapping[str, Any]) -> Iterator[Path]:
         """Gives an empty folder to fill. When the block ends without an error, it is the checkpoint of `step`.
 
-        One that is there already is replaced.
+        One that is there already is replaced. `retain` points `latest` to it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         final = self.path_of(step)
@@ -115,10 +116,11 @@ class CheckpointStore:
             raise
         sync_file(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
-        self._point("latest", step)
 
     def retain(self, scores: Mapping[int, float]) -> None:
-        """Remove the checkpoints that are neither among the newest nor among the best, and point `best` to the best.
+        """Remove the checkpoints that are neither among the newest nor among the best; point `latest` and `best`.
+
+        It removes first, which makes room on a full disk, and may be called again where there was still none.
 
         Args:
             scores: by step, the higher the better; the later of equal ones is better. Steps without one cannot be best.
@@ -126,12 +128,14 @@ class CheckpointStore:
         steps = self.steps()
         scored = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
         best = scored[max(0, len(scored) - self._keep_best) :]
-        if best:
-            self._point("best", best[-1])
         for step in set(steps) - set(steps[-self._keep_last :]) - set(best):
             # Under another name first: a checkpoint that is half removed must not look like one.
             going = self.path_of(step).rename(self._aside(step))
             shutil.rmtree(going, ignore_errors=True)
+        if steps:
+            self._point("latest", steps[-1])
+        if best:
+            self._point("best", best[-1])
 
     def move_newer(self, step: int, folder: Path) -> None:
         """Make that of `step` the newest: move those of later steps into `folder`, which is made if it is needed."""
@@ -158,4 +162,6 @@ class CheckpointStore:
         return self.path / f"{self.path_of(step).name}.tmp-{uuid.uuid4().hex[:8]}"
 
     def _point(self, name: str, step: int) -> None:
-        replace_durably(self.path / name, f"{self.path_of(step).name}\n".encode())
+        path, line = self.path / name, f"{self.path_of(step).name}\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != line:
+            replace_durably(path, line.encode())

@@ -70,6 +70,7 @@ def end_writers(folder: Path, grace_s: float, driver: int) -> None:
 def writers(folder: Path) -> list[int]:
     """Other processes that have a file below `folder` open for writing. Whoever only reads a log there is none."""
     found = []
+    folder = Path(os.path.realpath(folder))  # as /proc has it, whatever link RAY_TMPDIR is
     for entry in os.scandir("/proc"):
         # What has ended meanwhile, and what is another user's.
         with suppress(OSError):
@@ -94,7 +95,8 @@ def clear(session: Path, *, keep_logs: bool) -> None:
     if keep_logs:
         for entry in list(session.iterdir()):
             if entry.name != "logs":
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
+                with suppress(OSError):  # whatever stays, the logs of later sessions must still be cleared
+                    shutil.rmtree(entry, ignore_errors=True) if _is_folder(entry) else entry.unlink(missing_ok=True)
         (session / _MARK).touch()
         return
     shutil.rmtree(session, ignore_errors=True)
@@ -102,6 +104,10 @@ def clear(session: Path, *, keep_logs: bool) -> None:
     with suppress(OSError):  # another cluster's start may replace it at this moment
         if latest.is_symlink() and not latest.exists():
             latest.unlink()
+
+
+def _is_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.is_symlink()
 
 
 def forget_old(root: Path) -> None:

@@ -109,6 +109,16 @@ def offload_device(options: Mapping[str, Any], key: Offloaded) -> str:
     return str(section.get("device", "none"))
 
 
+def unloadable_state(options: Mapping[str, Any]) -> str | None:
+    """Why a gang with these options cannot load a checkpoint; None where it can."""
+    if offload_device(options, "offload_optimizer") != "nvme":
+        return None
+    return (
+        "learner.deepspeed.zero_optimization.offload_optimizer.device: with nvme no checkpoint can be loaded, so the "
+        "run can neither be resumed nor outlive a lost learner; with cpu it can, also from checkpoints made with nvme"
+    )
+
+
 def unknown_option(options: Mapping[str, Any]) -> str | None:
     """What is wrong with the first key that DeepSpeed does not have; None where it has all of them.
 

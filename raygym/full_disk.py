@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from raygym.testing import chaos
@@ -33,8 +34,13 @@ def is_full(error: BaseException) -> bool:
     return False
 
 
-def append_whole(path: Path, data: bytes) -> None:
+def append_whole(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Append to a file, all of it or nothing: after an error the file is as long as before.
+
+    Args:
+        path: the file, which is made if it is needed.
+        data: what to append.
+        sync: return when it is on the disk. Without, a network's file system may lose it and not say so.
 
     Raises:
         OSError: it cannot be written; `is_full` tells whether for want of room.
@@ -47,11 +53,14 @@ def append_whole(path: Path, data: bytes) -> None:
             left = memoryview(data)
             while left:
                 left = left[os.write(handle, left) :]  # a disk that is nearly full takes a part
+            if sync:
+                os.fsync(handle)  # some file systems find out only now that there is no room
         except BaseException:
             os.ftruncate(handle, before)
             raise
     finally:
-        os.close(handle)
+        with suppress(OSError):  # the line is there: whoever wrote it again would double it
+            os.close(handle)
 
 
 class DiskPatience:

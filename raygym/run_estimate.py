@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raygym.config import RunConfig
+from raygym.deepspeed_options import unloadable_state
 from raygym.memory_estimate import (
     GIB,
     USABLE_SHARE,
@@ -92,6 +93,8 @@ def estimate_run(config: RunConfig, shape: ModelShape | None, cluster: Cluster, 
     kv_tokens = max(0, engine.kv_cache) // setup.kv_bytes_per_token if engine and setup else 0
     problems = _problems(config, placement, learner, engine, kv_tokens, context, cluster)
     warnings = _warnings(config, setup, kv_tokens, context, workload) if setup else []
+    if unloadable := unloadable_state(config.learner.deepspeed):
+        warnings.append(unloadable)
     time, no_time = None, "what does not fit takes no time"
     if not problems:
         time, no_time = _time(config, shape, setup, engine, cluster, workload, context)

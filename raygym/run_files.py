@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from raygym.checkpoint import CheckpointStore
 from raygym.config import RunConfig
 from raygym.config_file import dump_config
 from raygym.durable import sync_file
+from raygym.event_log import EventLog
 from raygym.full_disk import DiskPatience, append_whole
 from raygym.histogram import Histogram
 from raygym.resume import ResumePoint, checkpoint_store
@@ -29,18 +31,23 @@ from raygym.whole_file import write_whole
 class HeldRow:
     """A step's row of metrics.jsonl that waits for the rest of it. It is written once, whichever thread is first."""
 
-    def __init__(self, write: Callable[[Row], None], row: Row) -> None:
+    def __init__(self, write: Callable[[Row, bool], None], row: Row) -> None:
         self._write = write
         self._row = row
         self._lock = threading.Lock()
         self._written = False
 
-    def write(self, rest: Row | None = None) -> None:
-        """Write it with the rest; without, as it is, where the rest will not come. Later calls do nothing."""
+    def write(self, rest: Row | None = None, *, waits: bool = True) -> None:
+        """Write it with the rest; without, as it is, where the rest will not come. Later calls do nothing.
+
+        Args:
+            rest: what was still missing.
+            waits: for room on a full disk; otherwise the row is lost then.
+        """
         with self._lock:
             if not self._written:
                 self._written = True
-                self._write({**self._row, **(rest or {})})
+                self._write({**self._row, **(rest or {})}, waits)
 
 
 class RunFiles:
@@ -70,6 +77,7 @@ class RunFiles:
         """By step, `checkpoint.best_metric` of each row that has it."""
         self.disk = DiskPatience(config.logging.disk_wait_s, told)
         """By which everything is written, once the run has begun."""
+        self._events = EventLog(self.path / "events.jsonl", told)
         self._told = told
         self._best_metric = config.checkpoint.best_metric
         self._keep_trajectories = config.logging.trajectories
@@ -88,10 +96,18 @@ class RunFiles:
 
     def _open(self, resumed: ResumePoint | None) -> None:
         if resumed is not None:
-            self._cut(resumed, checkpoint_store(self._config))
-        (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "config.yaml", dump_config(self._config))
-        self._tensorboard = _tensorboard(self.path) if self._config.logging.tensorboard else None
+            # One folder for all tries: each goes on with what the one before has left to do.
+            cut = partial(self._cut, resumed, checkpoint_store(self._config), discard_folder(self.path, resumed.step))
+            self.disk.write(f"what {self.path} is cut back to", cut)
+        trajectories = self.path / "trajectories"
+        self.disk.write(str(trajectories), lambda: trajectories.mkdir(parents=True, exist_ok=True))
+        self._write_whole(self.path / "config.yaml", dump_config(self._config))
+        self._tensorboard = None
+        if self._config.logging.tensorboard:
+            try:
+                self._tensorboard = _tensorboard(self.path)
+            except OSError as error:
+                self._told(f"TensorBoard's files cannot be written ({error}); metrics.jsonl has all rows")
         for step, row in self._rows.items():
             self._show(step, row)
 
@@ -111,9 +127,9 @@ class RunFiles:
         """Whether this step's row was there when the run was resumed, with its validation if it was to have one."""
         return step in self._rows
 
-    def metrics(self, step: int, row: Row) -> None:
-        """Append what is known of one step to metrics.jsonl and TensorBoard."""
-        self._append("metrics.jsonl", {"step": step, **json_row(row)})
+    def metrics(self, step: int, row: Row, *, waits: bool = True) -> None:
+        """Append what is known of one step to metrics.jsonl and TensorBoard. `waits`: see `HeldRow.write`."""
+        self._append("metrics.jsonl", {"step": step, **json_row(row)}, waits=waits)
         self._show(step, row)
 
     def _show(self, step: int, row: Row) -> None:
@@ -132,9 +148,9 @@ class RunFiles:
             if (self.path / name).exists():
                 sync_file(self.path / name)
 
-    def _cut(self, resumed: ResumePoint, checkpoints: CheckpointStore) -> None:
-        """Leave what the checkpoint knows of. Whatever is killed in here is done again by the next start."""
-        step, discarded = resumed.step, discard_folder(self.path, resumed.step)
+    def _cut(self, resumed: ResumePoint, checkpoints: CheckpointStore, discarded: Path) -> None:
+        """Leave what the checkpoint knows of. Whatever ends in here can be done again, from the beginning."""
+        step = resumed.step
 
         def known(row: dict[str, Any]) -> bool:
             return bool(row["step"] <= step)
@@ -167,7 +183,7 @@ class RunFiles:
     def hold(self, step: int, row: Row) -> HeldRow:
         """Keep a step's row back until the rest of it is known, or the files are closed. Rows keep their order: the
         one that was held before must have been written."""
-        self._held = HeldRow(lambda whole: self.metrics(step, whole), row)
+        self._held = HeldRow(lambda whole, waits: self.metrics(step, whole, waits=waits), row)
         return self._held
 
     def rollouts(self, step: int, collected: Collected, kind: str = "step") -> None:
@@ -199,6 +215,7 @@ class RunFiles:
             if drop.task.split == "train"
         ]
         self._append("ledger.jsonl", *trained, *dropped)
+        self._events.flush()
         # Whole or not at all: whoever goes on from it must not find half of it.
         self._write_whole(self.path / "scheduler.json", json.dumps(collected.state.to_json()) + "\n")
 
@@ -219,26 +236,40 @@ class RunFiles:
         return folder
 
     def event(self, event: PartEvent) -> None:
-        """Append to events.jsonl what happened to a part of the run. It is never cut, since it tells of no step."""
-        self._append("events.jsonl", event.to_json())
+        """Append to events.jsonl what happened to a part of the run. It is never cut, since it tells of no step.
+
+        Neither waits nor raises: on a full disk the event is written with a later one, the ledger, or at the end.
+        """
+        self._events.append(event)
 
     def summary(self, result: Mapping[str, Any]) -> None:
         """Write summary.json, the run's end."""
         self._write_whole(self.path / "summary.json", json.dumps(result, indent=2) + "\n")
 
     def close(self) -> None:
-        """Write the row that is still held, as it is; flush and close TensorBoard's file."""
+        """Write the row that is still held, as it is; flush and close TensorBoard's file.
+
+        Each is tried once, and what fails is told: that must neither delay nor hide why the run ends.
+        """
+        self._events.flush()
         try:
             if self._held is not None:
-                self._held.write()
-        finally:
+                self._held.write(waits=False)
+        except Exception as error:
+            self._told(f"the last row of {self.path / 'metrics.jsonl'} was not written: {error}")
+        try:
             if self._tensorboard is not None:
                 self._tensorboard.close()
+        except Exception as error:
+            self._told(f"TensorBoard's files could not be closed: {error}")
 
-    def _append(self, name: str, *records: Mapping[str, Any]) -> None:
+    def _append(self, name: str, *records: Mapping[str, Any], waits: bool = True) -> None:
         path = self.path / name
         data = "".join(json.dumps(record) + "\n" for record in records).encode()
-        self.disk.write(str(path), lambda: append_whole(path, data))
+        if waits:
+            self.disk.write(str(path), lambda: append_whole(path, data))
+        else:
+            self.disk.attempt(f"a line of {path}", lambda: append_whole(path, data), "it is left out")
 
     def _write_whole(self, path: Path, text: str) -> None:
         self.disk.write(str(path), lambda: write_whole(path, text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from statistics import median
@@ -13,6 +14,7 @@ from raygym.testing.claims import Fired
 _SUFFERS = {
     "monkey.replica": "replica",
     "replica.": "replica",
+    "sync.bucket": "learner",  # learner 0 packs it
     "sync.": "replica",
     "monkey.learner": "learner",
     "learner.": "learner",
@@ -25,9 +27,10 @@ _SUFFERS = {
 
 
 def recoveries(fired: Sequence[Fired], events: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Seconds from each fault to the next event `recovered` of what it hit, by `<what>/<fault's kind>`.
+    """Seconds from each fault to the end of the loss that it caused, by `<what>/<fault's kind>`.
 
-    A fault without such an event is not in it: nobody noticed it, such as a stop that was short.
+    That is the first event `recovered` after the first event `lost` after the fault. A fault is not in it that has none
+    before the next fault of the same part: nobody noticed it, such as a stop that was short.
 
     Args:
         fired: what happened.
@@ -35,16 +38,32 @@ def recoveries(fired: Sequence[Fired], events: Sequence[Mapping[str, Any]]) -> d
     """
     found: dict[str, list[float]] = {}
     for fault in fired:
-        suffers = next((kind for begin, kind in _SUFFERS.items() if fault.point.startswith(begin)), None)
-        times = [
-            datetime.fromisoformat(event["time"]).timestamp()
-            for event in events
-            if event["what"] == "recovered" and event["kind"].replace(" ", "_").startswith(suffers or "-")
-        ]
-        later = [time - fault.seconds_since_epoch for time in times if time >= fault.seconds_since_epoch]
-        if later:
-            found.setdefault(f"{suffers}/{fault.kind}", []).append(min(later))
+        suffers, at_s = _suffers(fault), fault.seconds_since_epoch
+        if suffers is None:
+            continue
+        next_s = min(
+            (other.seconds_since_epoch for other in fired if _suffers(other) == suffers and _after(other, fault)),
+            default=math.inf,
+        )
+        lost_s = min((time for time in _times(events, suffers, "lost") if at_s <= time < next_s), default=None)
+        if lost_s is not None:
+            later = [time - at_s for time in _times(events, suffers, "recovered") if time >= lost_s]
+            if later:
+                found.setdefault(f"{suffers}/{fault.kind}", []).append(min(later))
     return found
+
+
+def _suffers(fault: Fired) -> str | None:
+    return next((kind for begin, kind in _SUFFERS.items() if fault.point.startswith(begin)), None)
+
+
+def _after(other: Fired, fault: Fired) -> bool:
+    return other.seconds_since_epoch > fault.seconds_since_epoch
+
+
+def _times(events: Sequence[Mapping[str, Any]], kind: str, what: str) -> list[float]:
+    of_kind = (event for event in events if event["kind"].replace(" ", "_").startswith(kind))
+    return [datetime.fromisoformat(event["time"]).timestamp() for event in of_kind if event["what"] == what]
 
 
 def report(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:

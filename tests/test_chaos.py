@@ -165,6 +165,8 @@ def play(folder: Path, temporary: Path, seed: int, trouble: Trouble) -> Ended:
         "rollout.env_runners": 2,
         "rollout.max_staleness": trouble.max_staleness,
         "rollout.max_retries": 10,
+        "sync.lease_s": 5,
+        "sync.timeout_s": 20,
         "logging.tensorboard": "false",
         "checkpoint.every": trouble.checkpoint_every,
         "validation.tasks": 4,
@@ -242,12 +244,18 @@ def test_recoveries_are_from_a_fault_to_the_next_recovery_of_its_kind() -> None:
         Fired("2026-01-01T00:00:00.000+00:00", 1, "monkey.learner", "kill"),
         Fired("2026-01-01T00:00:10.000+00:00", 1, "learner.update.mid", "kill"),
         Fired("2026-01-01T00:00:11.000+00:00", 1, "disk.append", "fill_disk"),
+        Fired("2026-01-01T00:00:20.000+00:00", 1, "learner.update.mid", "stop"),
+        Fired("2026-01-01T00:00:30.000+00:00", 1, "sync.bucket", "drop"),
     ]
     events = [
+        {"time": "2026-01-01T00:00:01+00:00", "kind": "learner", "what": "lost"},
         {"time": "2026-01-01T00:00:02+00:00", "kind": "env_runner", "what": "recovered"},
         {"time": "2026-01-01T00:00:04+00:00", "kind": "learner", "what": "recovered"},
         {"time": "2026-01-01T00:00:11+00:00", "kind": "learner", "what": "lost"},
         {"time": "2026-01-01T00:00:16+00:00", "kind": "learner", "what": "recovered"},
+        # Nobody noticed the stop.
+        {"time": "2026-01-01T00:00:31+00:00", "kind": "learner", "what": "lost"},
+        {"time": "2026-01-01T00:00:39+00:00", "kind": "learner", "what": "recovered"},
     ]
-    assert recoveries(fired, events) == {"learner/kill": [4.0, 6.0]}
+    assert recoveries(fired, events) == {"learner/kill": [4.0, 6.0], "learner/drop": [9.0]}
     assert report({"learner/kill": [4.0, 6.0]}) == {"learner/kill": {"recoveries": 2, "p50_s": 5.0, "max_s": 6.0}}

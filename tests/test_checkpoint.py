@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,14 @@ def fill(folder: Path, step: int) -> None:
     (folder / "training_state/run.json").write_text(f'{{"step": {step}}}')
 
 
-def save(store: CheckpointStore, step: int) -> None:
+def write(store: CheckpointStore, step: int) -> None:
     with store.writing(step, CONFIG) as folder:
         fill(folder, step)
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    write(store, step)
+    store.retain({})
 
 
 def newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
@@ -82,19 +88,16 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(
     for limit in range(200):
         folder = tmp_path / f"{limit}"
         store = CheckpointStore(folder / "checkpoints", keep_last=1)
-        save(store, 1)
+        write(store, 1)
         if existing:
-            save(store, 2)
+            write(store, 2)
         calls, dead = 0, False
         with monkeypatch.context() as patch:
             for owner, name in changing:
                 patch.setattr(owner, name, counted(getattr(owner, name)))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-            try:
+            with suppress(Killed):
                 save(store, 2)
-                store.retain({})
-            except Killed:
-                pass
         step, told = newest(store)
         assert step in (1, 2) and not told, limit
         store.clean()
@@ -156,6 +159,23 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
     assert step == 4 and "written as that of step 4" in line
     write_manifest(tmp_path / "step_000010", {"format": 99, "step": 10, "config": {}})
     assert "its format is 99, this raygym reads 1" in newest(store)[1][0]
+
+
+def test_leftovers_into_which_somebody_still_writes_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    (tmp_path / "step_000004.tmp-12345678").mkdir()
+
+    def not_empty(path: object, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", not_empty)
+        store.clean()
+    assert store.steps() == [] and store.newest_whole(pytest.fail) is None
+    store.clean()
+    assert not list(tmp_path.iterdir())
 
 
 def test_leftovers_go_and_later_ones_are_moved(tmp_path: Path) -> None:

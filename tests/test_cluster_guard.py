@@ -65,6 +65,33 @@ def test_who_only_reads_a_log_is_none_of_the_clusters(tmp_path: Path) -> None:
             each.wait()
 
 
+def test_a_link_to_rays_directory_hides_no_process(tmp_path: Path) -> None:
+    """As in RAY_TMPDIR; /proc has the real path."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    folder = session(tmp_path / "link", 1)
+    writer = process(WRITER, folder / "logs" / "raylet.out")
+    try:
+        assert writers(folder) == [writer.pid]
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_what_cannot_be_removed_does_not_keep_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = session(tmp_path, 3)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        clear(folder, keep_logs=True)
+    assert not (folder / "node_ip_address.json").exists()
+    forget_old(tmp_path)
+    assert (folder / "logs" / "raylet.out").exists()
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[[str, Path], subprocess.Popen[bytes]]]:
     """Starts programs, which are ended after the test."""

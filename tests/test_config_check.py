@@ -226,6 +226,9 @@ CLUSTER = Cluster(8, 80.0, H100, 1.0)
 OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
 
 
+NVME = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}}
+
+
 def small(changes: dict[str, Any]) -> RunConfig:
     base = {
         "name": "t",
@@ -247,6 +250,7 @@ def small(changes: dict[str, Any]) -> RunConfig:
         ({"learner": {"gpus_per_learner": 1, "update_timeout_s": 1e-6}}, "learner.update_timeout_s"),
         ({"rollout": {"episode_timeout_s": 1e-3}}, "rollout.episode_timeout_s"),
         ({"learner": {"gpus_per_learner": 1, "deepspeed": OFFLOAD}}, "learner.threads"),
+        ({"learner": {"gpus_per_learner": 1, "deepspeed": NVME}}, "learner.deepspeed.zero_optimization.offload_opt"),
     ],
 )
 def test_what_works_badly_is_a_warning(changes: dict[str, Any], word: str) -> None:

@@ -86,6 +86,16 @@ def test_other_users_cannot_read_the_token(run: StartedRun) -> None:
     assert not token.exists() or token.stat().st_mode & 0o077 == 0
 
 
+def test_the_proxy_itself_tells_without_a_key_that_it_lives_and_its_routes_and_no_more(run: StartedRun) -> None:
+    host, port = api(run)
+    with httpx.Client(timeout=60, base_url=f"http://{host}:{port}") as client:
+        said = {path: client.get(path) for path in ("/-/healthz", "/-/routes", "/health", "/v1/models")}
+    assert {path: answer.status_code for path, answer in said.items()} == {
+        "/-/healthz": 200, "/-/routes": 200, "/health": 200, "/v1/models": 401
+    }  # fmt: skip
+    assert said["/-/healthz"].text == "success" and list(said["/-/routes"].json()) == ["/"]
+
+
 def test_a_key_is_nowhere_but_in_the_environment(run: StartedRun) -> None:
     host, port = api(run)
     url = f"http://{host}:{port}/v1/chat/completions"

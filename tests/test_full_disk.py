@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_run_files import collected
 
-from raygym.checkpoint import CheckpointStore
+from raygym.checkpoint import Checkpoint, CheckpointStore
+from raygym.config import RunConfig
 from raygym.config_file import parse_config
 from raygym.durable import replace_durably
 from raygym.full_disk import DiskFull, DiskPatience, append_whole, is_full
 from raygym.learner_state import Gang, save_learner_state
+from raygym.resume import ResumePoint
+from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
+from raygym.schedule import SchedulerState
+from raygym.supervision import Kind, PartEvent, What
 from raygym.testing import chaos
 from raygym.testing.chaos import Fault, Plan
 from raygym.whole_file import write_whole
@@ -253,10 +259,14 @@ def test_a_learner_without_room_makes_all_its_collective_calls_before_it_says_so
     save_learner_state(tmp_path / "state", state, 1, Gang(), shard_bytes=1)
 
 
-def run_files(folder: Path, told: list[str], wait_s: float) -> RunFiles:
+def config_of(folder: Path, wait_s: float, **logging: Any) -> RunConfig:
     data = {"name": "t", "steps": 1, "runs_dir": str(folder), "policy": {"model": "tiny"}, "envs": [{"id": "a"}],
-            "logging": {"tensorboard": False, "disk_wait_s": wait_s}}  # fmt: skip
-    return RunFiles(parse_config(data), told=told.append)
+            "logging": {"tensorboard": False, "disk_wait_s": wait_s, **logging}}  # fmt: skip
+    return parse_config(data)
+
+
+def run_files(folder: Path, told: list[str], wait_s: float) -> RunFiles:
+    return RunFiles(config_of(folder, wait_s), told=told.append)
 
 
 def test_a_runs_files_outlive_a_full_disk(tmp_path: Path) -> None:
@@ -274,6 +284,138 @@ def test_a_runs_files_outlive_a_full_disk(tmp_path: Path) -> None:
     assert len((tmp_path / "t/ledger.jsonl").read_text().splitlines()) == 5 * 3
     names = {entry.name for entry in (tmp_path / "t/trajectories").iterdir()}
     assert names == {f"step_{step:06d}.jsonl" for step in range(1, 6)}
+
+
+def events_of(run: Path) -> list[float]:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [datetime.fromisoformat(json.loads(line)["time"]).timestamp() for line in lines]
+
+
+def event(at_s: float) -> PartEvent:
+    return PartEvent(at_s, Kind.REPLICA, "replica 0", What.LOST, "it died")
+
+
+def test_an_event_waits_for_nobody_and_is_written_later(tmp_path: Path) -> None:
+    """With a patience that would fail the test, and the file system's own errors, too."""
+    told: list[str] = []
+    files = run_files(tmp_path, told, 300)
+    with chaos.active(Plan((Fault("disk.append", "fill_disk", hit=1, hits=3),)), tmp_path / "fired"):
+        for at_s in (1.0, 2.0, 3.0):
+            files.event(event(at_s))
+        assert not (tmp_path / "t/events.jsonl").read_bytes()
+        files.event(event(4.0))
+    assert events_of(tmp_path / "t") == [1.0, 2.0, 3.0, 4.0]
+    assert len(told) == 1 and "events.jsonl cannot be written" in told[0]
+    for last in (lambda: files.ledger(1, collected()), files.close):
+        before = events_of(tmp_path / "t")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "write", raising(OSError(errno.EIO, "Input/output error")))
+            files.event(event(9.0))
+        assert events_of(tmp_path / "t") == before
+        last()
+        assert events_of(tmp_path / "t") == [*before, 9.0]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_line_that_the_disk_has_is_written_once_whatever_closing_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network's file system, which finds out late: at `fsync` the line is taken back, after it it stays."""
+    path, closed, synced = tmp_path / "metrics.jsonl", os.close, os.fsync
+
+    def close(handle: int) -> None:
+        closed(handle)
+        raise no_room()
+
+    monkeypatch.setattr(os, "close", close)
+    append_whole(path, b"1\n")
+    tries = iter([no_room(), None])
+
+    def sync(handle: int) -> None:
+        if error := next(tries):
+            raise error
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    disk, _ = patience(60)
+    disk.write("metrics.jsonl", lambda: append_whole(path, b"2\n"))
+    assert path.read_bytes() == b"1\n2\n"
+
+
+def test_closing_tries_the_held_row_once_and_hides_nothing(tmp_path: Path) -> None:
+    told: list[str] = []
+    files = run_files(tmp_path, told, 300)
+    files.hold(1, {"reward/mean": 1.0})
+    files._tensorboard = Unclosable()
+    with chaos.active(Plan((Fault("disk.append", "fill_disk", hit=1, hits=9),)), tmp_path / "fired"):
+        files.close()
+    assert not (tmp_path / "t/metrics.jsonl").read_bytes()
+    assert [line.split("; ")[-1] for line in told] == ["it is left out", "TensorBoard's files could not be closed: x"]
+    files = run_files(tmp_path, told, 300)
+    files.hold(1, {"reward/mean": 1.0})
+    files.close()
+    assert len((tmp_path / "t/metrics.jsonl").read_text().splitlines()) == 1
+
+
+class Unclosable:
+    add_scalar = flush = staticmethod(lambda *args: None)
+
+    def close(self) -> None:
+        raise OSError("x")
+
+
+@pytest.mark.parametrize("hit", range(1, 8))
+def test_a_rewind_on_a_full_disk_waits_for_room_and_loses_nothing(tmp_path: Path, hit: int) -> None:
+    """At each of its writes in turn: `disk.replace` is hit by ledger, metrics, scheduler, pointers and config."""
+    told: list[str] = []
+    files = run_files(tmp_path, told, 60)
+    store = CheckpointStore(tmp_path / "t/checkpoints")
+    for step in (1, 2):
+        files.metrics(step, {"reward/mean": 1.0})
+        files.ledger(step, collected())
+        files.rollouts(step, collected())
+        fill(store, step)
+    store.retain({})
+    point = ResumePoint(Checkpoint(store.path_of(1), 1, {}), RolloutState(SchedulerState()), {}, validated=False)
+    with chaos.active(Plan((Fault("disk.replace", "fill_disk", hit=hit, hits=1),)), tmp_path / "fired"):
+        files.rewind(point)
+    assert len(told) == 2, "it waited, and went on"
+    aside = files.discarded
+    assert aside is not None and list(aside.parent.iterdir()) == [aside]
+    for folder, step, lines in ((tmp_path / "t", 1, 3), (aside, 2, 3)):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [step]
+        assert len((folder / "ledger.jsonl").read_text().splitlines()) == lines
+        assert [path.name for path in (folder / "trajectories").iterdir()] == [f"step_{step:06d}.jsonl"]
+        assert CheckpointStore(folder / "checkpoints").steps() == [step]
+    assert (store.path / "latest").read_text() == "step_000001\n"
+
+
+def test_without_room_for_tensorboard_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("raygym.run_files._tensorboard", raising(no_room()))
+    RunFiles(config_of(tmp_path, 60, tensorboard=True), told=told.append).metrics(1, {"reward/mean": 1.0})
+    assert len(told) == 1 and "TensorBoard's files cannot be written" in told[0]
+
+
+def test_old_checkpoints_go_although_there_is_no_room_for_the_pointer(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1, keep_best=1)
+    for step in (1, 2, 3):
+        fill(store, step)
+    with chaos.active(Plan((Fault("disk.replace", "fill_disk", hit=1, hits=9),)), tmp_path / "fired"):
+        with pytest.raises(OSError, match="No space left"):
+            store.retain({2: 1.0})
+        assert store.steps() == [2, 3]
+    store.retain({2: 1.0})
+    assert [(store.path / name).read_text() for name in ("latest", "best")] == ["step_000003\n", "step_000002\n"]
+    with chaos.active(Plan((Fault("disk.replace", "fill_disk", hit=1, hits=9),)), tmp_path / "fired again"):
+        store.retain({2: 1.0})  # nothing has changed, so nothing is written
 
 
 @pytest.fixture

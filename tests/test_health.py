@@ -114,6 +114,32 @@ def test_every_kind_has_its_budget() -> None:
     assert {f"{kind}_restarts" for kind in Kind} == set(SupervisionConfig.model_fields) - {"window_s"}
 
 
+def test_who_is_told_may_take_its_time_and_nobody_else_waits_for_it() -> None:
+    """A full disk, say: what keeps the other parts alive tells of them meanwhile."""
+    writing, go_on = threading.Event(), threading.Event()
+    recorded: list[str] = []
+
+    def record(event: PartEvent) -> None:
+        writing.set()
+        assert go_on.wait(30)
+        recorded.append(event.name)
+
+    supervisor = Supervisor(record=record)
+    slow = threading.Thread(target=supervisor.lost, args=(Kind.REPLICA, "replica 0", "it died"))
+    slow.start()
+    try:
+        assert writing.wait(30)
+        other = threading.Thread(target=supervisor.lost, args=(Kind.REPLICA, "replica 1", "it died"))
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+        assert [name for _, name in supervisor.down()] == ["replica 0", "replica 1"] and not recorded
+    finally:
+        go_on.set()
+        slow.join()
+    assert recorded == ["replica 0", "replica 1"]
+
+
 def test_many_threads_tell_at_once() -> None:
     recorded: list[PartEvent] = []
     supervisor = Supervisor(SupervisionConfig(replica_restarts=40), recorded.append)

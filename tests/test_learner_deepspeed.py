@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ from test_learner import (
 )
 from tiers import only_long
 
+from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.learner_config import LoraConfig
+from raygym.learner_state import LearnerStateError
 from raygym.models import resolve_policy
 from raygym.policy_weights import policy_weights
 from raygym.types import TrainSequence
@@ -186,3 +189,11 @@ def test_bfloat16_has_master_weights_in_float32(
         assert (weight.float() - before.float()).abs().max() <= updates * lr * 1.5 + 2.0**-8
     assert lr * 1.5 < 2.0**-12
     assert moved > 0.3 * count, f"{moved} of {count} weights moved: updates were rounded away one by one"
+
+
+def test_a_state_on_nvme_is_refused_as_one_that_no_gang_can_load() -> None:
+    """Otherwise each gang that is started for it would be lost by it."""
+    policy = SimpleNamespace(named_parameters=lambda: [])
+    engine = SimpleNamespace(module=SimpleNamespace(policy=policy), optimizer=SimpleNamespace(swap_optimizer=True))
+    with pytest.raises(LearnerStateError, match=r"offload_optimizer\.device: cpu"):
+        deepspeed_state(engine, ModuleType("accessors"), 3).begin_write(1)

@@ -22,6 +22,7 @@ class Rank:
 
     def __init__(self, number: int) -> None:
         self.number, self.asked = number, list[str]()
+        self.answer: Any = number
         self.error: Exception | None = None
         self.hangs = self.killed = False
 
@@ -40,14 +41,17 @@ class FakeRay:
         done = [reference for reference in references if not reference[0].hangs or reference[0].killed]
         return done[:num_returns], [reference for reference in references if reference not in done[:num_returns]]
 
-    def get(self, reference: Any, timeout: float) -> int:
+    def get(self, reference: Any, timeout: float) -> Any:
         (rank,) = reference
         if rank.error is not None:
             raise rank.error
-        return int(rank.number)
+        return rank.answer
 
     def kill(self, rank: Rank) -> None:
         rank.killed = True
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "here")
 
 
 @pytest.fixture
@@ -58,8 +62,12 @@ def ranks() -> list[Rank]:
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
+
+    def slept(seconds: float) -> None:
+        now[0] += seconds
+
     monkeypatch.setattr(learner_group, "ray", FakeRay())
-    monkeypatch.setattr(learner_group, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(learner_group, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept))
     return now
 
 
@@ -104,3 +112,25 @@ def test_a_lost_gang_is_killed_without_being_asked_to_close(ranks: list[Rank], n
     ranks[0].hangs = True
     group_of(ranks).kill()
     assert all(rank.killed and "close" not in rank.asked for rank in ranks)
+
+
+@pytest.mark.parametrize(("nodes", "pause_s"), [(("here", "here"), 0.0), (("here", "there"), 1.0)])
+def test_a_killed_gang_is_waited_for_until_its_processes_are_gone(
+    ranks: list[Rank], now: list[float], monkeypatch: pytest.MonkeyPatch, nodes: tuple[str, str], pause_s: float
+) -> None:
+    """Ray says that an actor is dead before it is: it could still write into a checkpoint."""
+    waited: list[list[int]] = []
+
+    def wait_ended(pids: list[int], timeout_s: float) -> bool:
+        assert all(rank.killed for rank in ranks)
+        waited.append(pids)
+        return True
+
+    monkeypatch.setattr(learner_group, "wait_ended", wait_ended)
+    for rank, node in zip(ranks, nodes, strict=True):
+        rank.answer = (node, 70 + rank.number)
+    group = group_of(ranks)
+    group.wait_ready()
+    group.kill()
+    assert waited == [[70, 71] if nodes[1] == "here" else [70]]
+    assert now[0] == 100.0 + pause_s

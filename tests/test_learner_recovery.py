@@ -196,3 +196,13 @@ def test_a_validation_that_is_played_then_is_ended_and_played_again(tmp_path: Pa
     assert_exact(config.run_dir)
     (aside,) = (config.run_dir / "discarded").iterdir()
     assert [json.loads(line) for line in (aside / "metrics.jsonl").read_text().splitlines()] == [{"step": 0}]
+
+
+def test_a_gang_that_is_lost_before_the_first_checkpoint_leaves_no_row_of_step_0(tmp_path: Path) -> None:
+    """Without validation, an undisturbed run has none either."""
+    found = []
+    for name, lost_at in (("whole", set[int]()), ("disturbed", {2})):
+        config = config_of(tmp_path / name, validation={"tasks": 0}, checkpoint={"every": 4})
+        supervised(config, lost_at)
+        found.append([row["step"] for row in rows(config.run_dir / "metrics.jsonl")])
+    assert found == [list(range(1, STEPS + 1))] * 2

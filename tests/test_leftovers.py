@@ -45,7 +45,7 @@ def kill(run: StartedRun) -> int:
 
 
 def fail(run: StartedRun) -> int:
-    """A learner is gone, which the run cannot survive."""
+    """A learner is gone, which a run without `supervision.learner_restarts` does not survive."""
     learner = next(member for member in run.members() if "LearnerActor" in " ".join(member.cmdline()))
     learner.kill()
     return 1
@@ -116,8 +116,9 @@ def test_after_its_last_step_and_after_an_error(tmp_path: Path) -> None:
         assert run.wait() == 0, run.output
         assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["steps"] == 2
         assert_nothing_left(run, logs_kept=False)
-    with started_run(tmp_path, "--fresh") as run:
+    with started_run(tmp_path, "--fresh", "supervision.learner_restarts=0") as run:
         run.wait_for(step_was_made(2))
-        assert run.wait() == fail(run), run.output
+        expected = fail(run)
+        assert run.wait() == expected, run.output
         assert f"logs of it are kept in {run.session}/logs" in run.output
         assert_nothing_left(run, logs_kept=True)

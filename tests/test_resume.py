@@ -127,7 +127,7 @@ def killed_after(patch: pytest.MonkeyPatch, limit: int) -> Iterator[list[int]]:
 
         return call
 
-    def append(self: RunFiles, name: str, *records: Mapping[str, Any]) -> None:
+    def append(self: RunFiles, name: str, *records: Mapping[str, Any], waits: bool = True) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records)
         whole = alive()
         if whole or calls[0] == limit + 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -42,3 +43,36 @@ def test_a_start_that_fails_is_cleaned_up_once_and_keeps_its_cause(
         finally:
             session.__exit__()  # as `runs` does it
     assert calls == {"connect": 1, "shutdown": 1, "undeploy": 1, "disconnect": 1}
+
+
+def test_a_start_that_fails_while_it_deploys_leaves_the_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a cluster of others, the thread may deploy once more after the application was removed."""
+    deploying, end, undeployed = threading.Event(), threading.Event(), list[bool]()
+
+    class Guard:
+        def __init__(self, app: str, *, on_own_cluster: bool) -> None:
+            pass
+
+        def undeploy(self, run_name: str, *, deploys_still: bool) -> None:
+            undeployed.append(deploys_still)
+
+    def deploy(*args: Any, **kwargs: Any) -> None:
+        deploying.set()
+        assert end.wait(60)
+
+    def launch(*args: Any) -> None:
+        assert deploying.wait(60)
+        raise RuntimeError("no GPUs")
+
+    monkeypatch.setattr(module.cluster, "connect", lambda: None)
+    monkeypatch.setattr(module.cluster, "disconnect", lambda **kwargs: None)
+    monkeypatch.setattr(module, "AppGuard", Guard)
+    monkeypatch.setattr(module.serving, "deploy", deploy)
+    monkeypatch.setattr(module.LearnerGroup, "launch", launch)
+    data = {"name": "t", "steps": 1, "runs_dir": str(tmp_path), "policy": {"model": "tiny"}, "envs": [{"id": "a"}]}
+    try:
+        with pytest.raises(RuntimeError, match="no GPUs"):
+            module.Session(parse_config(data), "", 0, rolling_out=False).__enter__()
+        assert undeployed == [True]
+    finally:
+        end.set()

@@ -21,9 +21,11 @@ from raygym.actors.session import Session
 from raygym.actors.supervisor import Supervisor
 from raygym.actors.trainer import Trainer
 from raygym.alarms import AlarmStop
+from raygym.checkpoint import CheckpointStore
 from raygym.config import RunConfig
 from raygym.config_file import parse_config
 from raygym.console import RunConsole
+from raygym.full_disk import DiskFull, DiskPatience
 from raygym.lease import ReplicaState
 from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
@@ -241,3 +243,29 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_last_one(tmp_path: Path, mon
     ]
     assert summary["checkpoint"].endswith("step_000003")
     assert ledger_steps(files) == {1, 2, 3} and [row["step"] for row in rows(files)] == [0, 1, 2, 3]
+
+
+def test_a_pointer_without_room_is_told_and_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint that is whole nothing else is told, and the run's end writes the line."""
+    files, run = trained(tmp_path, Everything(), 1, checkpoint_every=1)
+    told: list[str] = []
+    files.disk = DiskPatience(0.0, told.append)
+    real, full = CheckpointStore._point, [True]
+
+    def point(self: CheckpointStore, name: str, step: int) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, name, step)
+
+    monkeypatch.setattr(CheckpointStore, "_point", point)
+    with pytest.raises(DiskFull, match="checkpoints"):
+        run()
+    assert [line.split("; ")[0] for line in told] == [
+        "the disk is full: which checkpoint is the newest and the best was not written"
+    ] * 3
+    assert CheckpointStore(files.path / "checkpoints").steps() == [2, 3]
+    full[0] = False
+    CheckpointStore(files.path / "checkpoints").retain({})
+    assert (files.path / "checkpoints/latest").read_text() == "step_000003\n"

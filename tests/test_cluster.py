@@ -1,0 +1,62 @@
+"""Ray's token while a cluster is being started; without one."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raygym.actors import cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """With no guard and no Ray in it: `connect` fails where Ray would have started."""
+
+    class Guarded(cluster._OwnCluster):
+        def __init__(self) -> None:
+            pass
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_OwnCluster", Guarded)
+    monkeypatch.setattr(cluster, "_own", None)
+    yield tmp_path
+
+
+@pytest.mark.parametrize("folder_was_there", [False, True])
+def test_the_token_of_a_start_that_fails_is_nobody_elses(
+    home: Path, monkeypatch: pytest.MonkeyPatch, folder_was_there: bool
+) -> None:
+    token = home / ".ray" / "auth_token"
+    if folder_was_there:
+        token.parent.mkdir(mode=0o755)
+    before = mode(token.parent) if folder_was_there else 0o700
+
+    def start(**options: Any) -> None:
+        assert mode(token.parent) == 0o700, "nobody else comes to the file, whatever its mode is"
+        token.touch(mode=0o644)
+        raise RuntimeError("the raylet died")
+
+    monkeypatch.setattr(cluster, "_init", start)
+    with pytest.raises(RuntimeError, match="the raylet died"):
+        cluster.connect()
+    assert mode(token) == 0o600 and mode(token.parent) == before
+
+
+def test_a_folder_with_a_token_stays_as_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o755)
+    token.touch(mode=0o644)
+    monkeypatch.setattr(cluster, "_init", lambda **options: token.write_text(f"{mode(token.parent):o}"))
+    cluster.connect()
+    assert (token.read_text(), mode(token)) == ("755", 0o600)
