@@ -8,8 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# How long a case takes on a busy machine is no property of the code.
+hypothesis.settings.register_profile("raygym", deadline=None)
+hypothesis.settings.load_profile("raygym")
 # Imports make many objects that live on; looking through them again and again takes a tenth of the pure tests.
 gc.set_threshold(100_000, 50, 50)
 
