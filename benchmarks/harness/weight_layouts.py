@@ -42,7 +42,9 @@ class Stores:
         self._manifest: Manifest = gang.call_first("weight_manifest", bucket_bytes, timeout_s=_TIMEOUT_S)
         node = gang.call_first("weight_node", timeout_s=_TIMEOUT_S)
         self._own, *self._receivers = (start_store(node, self._manifest) for _ in range(1 + receivers))
-        paths, base = ray.get(self._own.slots.remote(), timeout=_TIMEOUT_S)
+        (paths, base), *_ = ray.get(
+            [store.slots.remote() for store in (self._own, *self._receivers)], timeout=_TIMEOUT_S
+        )
         gang.call_first("open_slots", paths, base, timeout_s=_TIMEOUT_S)
         name, size = f"benchmark-{uuid.uuid4().hex[:8]}", 1 + receivers
         joining = [store.join.remote(name, rank, size, _TIMEOUT_S) for rank, store in enumerate(self._receivers, 1)]
