@@ -23,14 +23,15 @@ from raygym import cluster_guard
 from raygym.config import ConfigError, HttpConfig
 from raygym.testing import chaos
 
+logger = logging.getLogger(__name__)
 # Ray and Serve give up on their own processes after seconds, which the start of several engines and learners on a small
 # machine can take.
 _PATIENCE = {
-    "RAY_raylet_start_wait_time_s": "120",
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
+_STARTS = 3
 _GUARD_TIMEOUT_S = 60.0
 _TOKEN_FILE = Path(".ray") / "auth_token"
 
@@ -136,9 +137,21 @@ def connect() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         with _own.hidden_token():
-            _init(address="local", include_dashboard=False, **options)
+            _start(address="local", include_dashboard=False, **options)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster_allowed
+
+
+def _start(**options: Any) -> None:
+    """Start a cluster. Ray gives its raylet 30 s, whatever it is told, and then leaves half a cluster behind."""
+    for attempt in range(1, _STARTS + 1):
+        try:
+            return _init(**options)
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" not in str(error) or attempt == _STARTS:
+                raise
+            logger.warning("Ray did not come up in time and is started again: %s", error)
+            ray.shutdown()
 
 
 def _init(**options: Any) -> None:

@@ -60,3 +60,31 @@ def test_a_folder_with_a_token_stays_as_it_is(home: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cluster, "_init", lambda **options: token.write_text(f"{mode(token.parent):o}"))
     cluster.connect()
     assert (token.read_text(), mode(token)) == ("755", 0o600)
+
+
+@pytest.mark.parametrize(("late", "started"), [(2, True), (3, False)])
+def test_a_raylet_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch, late: int, started: bool) -> None:
+    calls: list[str] = []
+
+    def init(**options: Any) -> None:
+        calls.append("init")
+        if calls.count("init") <= late:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: calls.append("shutdown"))
+    if started:
+        cluster._start(address="local")
+    else:
+        with pytest.raises(Exception, match="timed out during startup"):
+            cluster._start(address="local")
+    assert calls == ["init", "shutdown"] * 2 + ["init"], "and what is left of it is ended before"
+
+
+def test_what_else_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        raise ConnectionError("no cluster there")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(ConnectionError):
+        cluster._start(address="local")
