@@ -328,7 +328,7 @@ class Agent:
 class TestExactness:
     """Random conversations (200 in the long tier) each way: no drift, and the trainer's logprobs are the engine's."""
 
-    CONVERSATIONS = 200 if LONG else 40
+    CONVERSATIONS = 200 if LONG else 15
 
     @pytest.fixture(scope="class")
     def trainer(self, model_dir: Path) -> Any:
@@ -509,7 +509,7 @@ class TestOperations:
 class TestFuzz:
     """Thousands of bodies, mutated from valid ones: every answer is a 2xx, or a 4xx with OpenAI's error object."""
 
-    BODIES = 5000 if LONG else 400
+    BODIES = 5000 if LONG else 150
 
     def test_no_body_is_a_5xx_and_the_engine_serves_afterwards(self, server: Server) -> None:
         bad = asyncio.run(self.send(server, [fuzzed(seed, server.model) for seed in range(self.BODIES)]))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pytest
 import torch
+from tiers import only_long
 from weight_files import ModelFiles, changed_weights, free_port
 
 from raygym.config import LearnerConfig, PolicyConfig, SyncConfig
@@ -323,7 +324,10 @@ class TestTurnsInFlight:
 
 
 class TestOneReplica:
-    @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+    @pytest.mark.parametrize(
+        ("ranks", "stage"),
+        [(1, 0), *(pytest.param(2, stage, marks=only_long) for stage in (0, 1, 2)), (2, 3)],
+    )
     def test_learners_and_engine_agree_after_every_sync(self, one_tiny: Engines, ranks: int, stage: int) -> None:
         config = LearnerConfig(num_learners=ranks, lr=1e-2, deepspeed={"zero_optimization": {"stage": stage}})
         update_and_compare(one_tiny, config, syncs=2, then=update_in_flight if ranks == 1 else None)
