@@ -426,6 +426,7 @@ class TestActor:
         options = {"runtime_env": IMPORTS_THIS_MODULE}
         at = (DEPLOYMENT, APP)
         manager = start_manager(config, [SUMS], 0, 1, 0.0, [actor], policy=at, actor_options=options)
+        ray.get(manager.progress.remote(), timeout=60)  # its process has to start first
         manager.collect.remote(0)
 
         def wait_for(reached: Callable[[int, int], bool]) -> None:
