@@ -41,37 +41,17 @@ def engine_failure(error: Exception) -> EpisodeFailure:
     return EpisodeFailure(kind, f"{type(cause).__name__}: {cause}")
 
 
-async def ask_replicas(handle: Any, method: str, timeout_s: float, late: str) -> list[Any]:
-    """The answer of each running replica.
-
-    Args:
-        handle: of the deployment.
-        method: what to call, without arguments.
-        timeout_s: deadline of all answers together.
-        late: what they have not done by then, for the failure's text.
-
-    Raises:
-        EpisodeFailure: `engine_timeout` when not every replica answers in time, else see `engine_failure`.
-    """
-    return await _answers(handle, method, timeout_s, late)
-
-
 async def replicas_that_answer(handle: Any, method: str, timeout_s: float) -> list[Any]:
     """The answers of those running replicas that give one within `timeout_s`: Serve still lists some that died or hang.
 
     Raises:
         EpisodeFailure: Serve lists none, or does not say.
     """
-    answers = await _answers(
-        handle, method, timeout_s, "Serve did not list the policy's replicas", return_exceptions=True
-    )
-    return [answer for answer in answers if not isinstance(answer, Exception)]
-
-
-async def _answers(handle: Any, method: str, timeout_s: float, late: str, **options: bool) -> list[Any]:
     try:
-        return list(await asyncio.to_thread(handle.broadcast(method).results, timeout_s=timeout_s, **options))
+        answers = await asyncio.to_thread(handle.broadcast(method).results, timeout_s=timeout_s, return_exceptions=True)
     except TimeoutError as error:
-        raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, f"{late} within {timeout_s:g} s") from error
+        late = f"Serve did not list the policy's replicas within {timeout_s:g} s"
+        raise EpisodeFailure(FailureKind.ENGINE_TIMEOUT, late) from error
     except Exception as error:
         raise engine_failure(error) from error
+    return [answer for answer in answers if not isinstance(answer, Exception)]

@@ -40,8 +40,8 @@ class _Store:
 class StoreGroup:
     """Driver side. Not thread-safe.
 
-    Members of the group are learner 0 and the stores of other nodes. It has an epoch: where a store is lost or a node
-    comes, the members leave and meet again in a group of another name, since a broken group cannot be mended.
+    Members of the group are learner 0 and the stores of other nodes. Where a store is lost or a node comes, the members
+    leave and meet again in a group of another name, since a broken group cannot be mended.
     """
 
     def __init__(self, manifest: Manifest, learners: LearnerGroup, timeout_s: float, health: WeightHealth) -> None:
@@ -59,8 +59,6 @@ class StoreGroup:
         """Why learner 0's node has no store."""
         self._failed: dict[str, tuple[Backoff, float]] = {}
         """Nodes on which no store could be started, and when that is tried again."""
-        self.epoch = 0
-        """Of the group."""
         self.calls = 0
         """Remote calls that were made."""
 
@@ -107,11 +105,11 @@ class StoreGroup:
         # Learner 0's first: the others copy from it.
         for node in sorted(references, key=lambda node: node != self._sender_node):
             try:
-                store = _Store(starting[node], *self._answer(references[node], _START_TIMEOUT_S))
+                store = _Store(starting[node], *ray.get(references[node], timeout=_START_TIMEOUT_S))
                 if current is not None and node != self._sender_node:
                     source = self._stores[self._sender_node].actor
                     self.calls += 1
-                    self._answer(store.actor.pull.remote(source, current, self._timeout_s), self._timeout_s)
+                    ray.get(store.actor.pull.remote(source, current, self._timeout_s), timeout=self._timeout_s)
             except RayError as error:
                 ray.kill(starting[node])
                 inner = error.cause if isinstance(error, RayTaskError) else error
@@ -164,7 +162,7 @@ class StoreGroup:
             try:
                 if reference not in done:
                     raise GetTimeoutError("no answer")
-                self._answer(reference, _PING_TIMEOUT_S)
+                ray.get(reference, timeout=_PING_TIMEOUT_S)
             except RayError as error:
                 lost.add(node)
                 self._lost(node, error)
@@ -185,7 +183,7 @@ class StoreGroup:
             try:
                 if reference in late:
                     raise GetTimeoutError(f"not received within {self._timeout_s:g} s")
-                self._answer(reference, self._timeout_s)
+                ray.get(reference, timeout=self._timeout_s)
             except RayError as error:
                 # The others have it all: a broadcast ends for each when it has its own part.
                 self._lost(node, error)
@@ -196,7 +194,6 @@ class StoreGroup:
         members = tuple(sorted(set(self._stores) - {self._sender_node}))
         if members == self._members:
             return
-        self.epoch += 1
         self._members = None
         # Names are used once: Ray remembers a group by its name until every member has left it.
         name, size = f"raygym-weights-{uuid.uuid4().hex[:12]}", len(members) + 1
@@ -209,7 +206,7 @@ class StoreGroup:
         self.calls += len(joining) + 1
         for reference in joining:
             try:
-                self._answer(reference, self._timeout_s)
+                ray.get(reference, timeout=self._timeout_s)
             except RayError as error:
                 raise LearnerError(f"a weight store did not join the group: {error}") from error
         self._members = members
@@ -244,10 +241,6 @@ class StoreGroup:
             with suppress(LearnerError):  # it is gone as well, and its memory with it
                 self._learners.call_first("drop_slots", timeout_s=_PING_TIMEOUT_S)
             self._opened = None
-
-    @staticmethod
-    def _answer(reference: Any, timeout_s: float) -> Any:
-        return ray.get(reference, timeout=timeout_s)
 
 
 def _is_timeout(error: LearnerError) -> bool:

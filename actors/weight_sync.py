@@ -74,7 +74,8 @@ class WeightSync:
         self._count = replicas
         self._startup_timeout_s = startup_timeout_s
         self._health = health or WeightHealth()
-        self._replicas = Replicas(engines, config.lease_s, self._catch_up_soon, self._health)
+        self._behind = threading.Event()
+        self._replicas = Replicas(engines, config.lease_s, self._behind.set, self._health)
         self._manifest = Manifest("float32", ())
         self._stores: StoreGroup | None = None
         self._slot = 0
@@ -87,7 +88,6 @@ class WeightSync:
         self._offer: VersionOffer | None = None
         # One at a time: a version that is sent, or replicas that catch up.
         self._lock = threading.Lock()
-        self._behind = threading.Event()
         self._closed = False
         self._catching_up = threading.Thread(target=self._catch_up, name="weight-catch-up", daemon=True)
 
@@ -304,9 +304,7 @@ class WeightSync:
         assert self._stores is not None
         if not self._stores.check():
             return False
-        with self._replicas.book() as book:
-            nodes = book.nodes()
-        self._stores.ensure(nodes)
+        self._ensure_stores(filled=False)
         return True
 
     def _offer_to_all(self, offer: VersionOffer, wanted: set[str]) -> _Outcome:
@@ -336,9 +334,6 @@ class WeightSync:
                 f"no replica serves version {version} after {self._startup_timeout_s:g} s "
                 f"(policy.startup_timeout_s): {why}"
             )
-
-    def _catch_up_soon(self) -> None:
-        self._behind.set()
 
     def _catch_up(self) -> None:
         """Bring replicas that are behind to the current version: those that start anew, and those that were fenced."""
