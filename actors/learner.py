@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raygym.actors.deepspeed_state import deepspeed_state
 from raygym.actors.weight_sender import SentVersion, WeightSender, take_part
 from raygym.bound_store import Rendezvous, bound_store, listen
+from raygym.build_locks import remove_stale_locks
 from raygym.config import LearnerConfig
 from raygym.deepspeed_options import offload_device, whole_config
 from raygym.full_disk import is_full
@@ -98,6 +99,7 @@ class LearnerActor:
         # Imported here: it takes seconds, the driver needs only this class, and it picks its accelerator on import.
         # DeepSpeed looks for ninja on the PATH; last, since another version of ninja would compile everything again.
         os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+        remove_stale_locks()
         import deepspeed
 
         self._deepspeed = deepspeed

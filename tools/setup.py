@@ -41,6 +41,8 @@ print(json.dumps({"version": "%d.%d" % sys.version_info[:2], "headers": headers,
 """
 # Compiled at the first DeepSpeed start on CPU, cached under torch's extensions folder.
 _WARM = """
+from raygym.build_locks import remove_stale_locks
+remove_stale_locks()
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 print(ShareMemCommBuilder().load(verbose=False).__file__)
 """
@@ -112,7 +114,6 @@ def _set_up(chosen: str | None, key: str) -> None:
     _pip(["--no-deps", "-r", str(LOCK)], len(packages))
     _pip(["--no-deps", "--no-build-isolation", "-e", str(ROOT)], 1)
     _say(4, "DeepSpeed's shared-memory op (compiled once, one to two minutes)")
-    _remove_stale_batons()
     compiled = _run_in_venv(["-c", _WARM], "DeepSpeed's CPU op does not compile")
     _say(5, f"policy {POLICY} (built once, about a minute)")
     policy = _run_in_venv(["-m", "raygym.models", POLICY], f"the policy {POLICY} cannot be built")
@@ -236,30 +237,6 @@ def _pip_failure(lines: list[str]) -> str:
         return f"pip does not find {missing[1]}; check which index pip is set to use, then run it again (see {LOG})"
     errors = [line for line in lines if line.lower().startswith("error")]
     return f"pip failed: {errors[0] if errors else _last_line(text)} (see {LOG})"
-
-
-def _remove_stale_batons() -> None:
-    """A killed compile leaves torch's lock file behind, and every later one would wait for it for ever.
-
-    Its holder keeps the file open, so one that no process has open is stale.
-    """
-    where = (
-        os.environ.get("TORCH_EXTENSIONS_DIR")
-        or f"{os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/torch_extensions"
-    )
-    for baton in Path(where).glob("**/deepspeed_shm_comm/lock"):
-        if not _is_open(baton):
-            baton.unlink()
-
-
-def _is_open(path: Path) -> bool:
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if descriptor.samefile(path):
-                return True
-        except OSError:  # the process went, or is somebody else's
-            continue
-    return False
 
 
 def _run_in_venv(arguments: list[str], failure: str) -> str:

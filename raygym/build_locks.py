@@ -1,0 +1,75 @@
+"""Lock files that a killed compile of a torch extension has left behind.
+
+PyTorch compiles an extension under a lock file and removes it afterwards. If the process is killed meanwhile the file
+stays, and every later process that needs the extension waits for it without end and without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import psutil
+
+logger = logging.getLogger(__name__)
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs", "apfs", "bcachefs", "ramfs"}
+# No extension of ours takes a tenth of it, and on a file system of several machines nobody sees who holds a lock.
+_SURELY_OVER_S = 3600.0
+
+
+def remove_stale_locks(folder: Path | None = None) -> list[Path]:
+    """Remove what no compile holds; call it before an extension is loaded.
+
+    Whoever compiles keeps the file open, so one that no process of this machine has open is stale. On a file system
+    that other machines may write to, it must also be an hour old.
+
+    Args:
+        folder: where torch keeps its extensions; by default what torch itself takes.
+
+    Returns:
+        The files that were removed.
+    """
+    locks = {lock: status for lock in (folder or _extensions()).glob("**/lock") if (status := _status(lock))}
+    if not locks:
+        return []
+    held = _open_files()
+    removed = []
+    for lock, status in locks.items():
+        old = time.time() - status.st_mtime > _SURELY_OVER_S
+        if (status.st_dev, status.st_ino) in held or not (old or _is_local(lock)):
+            continue
+        # Not the lock of a rank that has removed the stale one first, and compiles now.
+        if (now := _status(lock)) and now.st_mtime_ns == status.st_mtime_ns:
+            lock.unlink(missing_ok=True)
+            logger.warning("removed %s: a compile that was killed had left it, and loading would wait for it", lock)
+            removed.append(lock)
+    return removed
+
+
+def _extensions() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:  # its compile is done
+        return None
+
+
+def _open_files() -> set[tuple[int, int]]:
+    """Device and inode of what processes of this machine have open, as far as we may look."""
+    found = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        if status := _status(descriptor):
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def _is_local(path: Path) -> bool:
+    """The file system that it is on is of this machine alone."""
+    mounted = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounted[folder] in _LOCAL for folder in path.resolve().parents if folder in mounted), False)
