@@ -236,7 +236,7 @@ class LearnerActor:
         All ranks at once, to the end.
 
         Under ZeRO-3 the names are gathered together, so a call should name one bucket. A tensor is valid until the
-        next one is asked for, and may be the live parameter itself: read it, do not keep it.
+        iterator has ended, and may be the live parameter itself: read it, do not keep it.
         """
         weights = policy_weights(self.policy)
         with self._gathered([parameter for name in names for parameter in weights[name].parameters]):

@@ -31,7 +31,7 @@ from raygym.chat import ChatRenderer, TemplateError
 from raygym.engine import NO_LOGPROB, EngineError
 from raygym.load_meter import LoadMeter
 from raygym.types import EngineLoad, Generation, Int32Array, Message, Sampling
-from raygym.weights import model_checksum, tensor_checksum
+from raygym.weight_checksums import model_checksum, tensor_checksum
 
 # Engine arguments that exactness rests on; the config refuses to override them.
 _FIXED_ARGS: dict[str, Any] = {

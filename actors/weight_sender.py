@@ -13,12 +13,14 @@ import torch
 from raygym.actors.collective import CollectiveTimeout, broadcast_bytes, join_group, leave_group
 from raygym.delta_sending import encode_in_place
 from raygym.testing import chaos
+from raygym.weight_checksums import Bytes, SummedCopy, sum_up
 from raygym.weight_delta import DeltaSummary, EncodedBucket, summarize
 from raygym.weight_slots import OpenSlots
-from raygym.weights import Bucket, Manifest, Sending, tensor_checksum
+from raygym.weights import Bucket, Manifest, Sending, TensorSpec
 
 IterWeights = Callable[[list[str]], Iterator[tuple[str, torch.Tensor]]]
-"""Names of one bucket -> (name, whole tensor); under ZeRO-3 every rank must iterate it."""
+"""Names of one bucket -> (name, whole tensor), valid until all were asked for; under ZeRO-3 every rank must iterate it.
+"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _WHOLE = Sending()
@@ -37,7 +39,7 @@ class SentVersion:
     sent_nbytes: int = 0
     """Of them, to each other node."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """In `gather`, `write`, `checksum` and `broadcast`; the last two run beside the first two."""
+    """In `gather`, `write`, `encode` and `broadcast`; the last runs beside the others."""
 
     def summary(self) -> DeltaSummary | None:
         """Of a version that went as what changed."""
@@ -82,7 +84,7 @@ class WeightSender:
     ) -> SentVersion:
         """Write the buckets of one version into `slot`, and send them to the other nodes' stores.
 
-        The next bucket is gathered and written while the last one is summed up and sent. All are gathered, whatever
+        The next bucket is gathered and written while the last one is sent. All are gathered, whatever
         fails: the other ranks take part in that.
 
         Args:
@@ -99,7 +101,7 @@ class WeightSender:
         assert self.slots is not None, "open_slots() first"
         sent, deadline = SentVersion(), time.monotonic() + timeout_s
         data = torch.frombuffer(self.slots.data(slot), dtype=torch.uint8)
-        with ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as broadcasting:
+        with ThreadPoolExecutor(1) as broadcasting:
             waiting: list[Future[None]] = []
             for bucket in (manifest.buckets[number] for number in buckets):
                 self._write(data, manifest.dtype, bucket, iter_weights, sent)
@@ -109,27 +111,32 @@ class WeightSender:
                 if sending.threshold is not None:
                     message = self._encode(self.slots, manifest.dtype, slot, bucket, sending.threshold, sent)
                     payload = message if sending.delta else payload
-                waiting.append(summing.submit(_sum_up, data, bucket, sent))
+                    with sent.timed("write"):  # anew, since small changes were taken back
+                        sent.checksums |= sum_up(SummedCopy(each.name, _bytes(data, each)) for each in bucket.tensors)
+                chaos.at("sync.bucket", data=data[bucket.start : bucket.end].numpy().data)
                 if self._group_name:
                     waiting.append(broadcasting.submit(self._broadcast, payload, sent, deadline))
             for future in waiting:
                 future.result()
         return sent
 
-    def _write(
-        self, data: torch.Tensor, dtype: str, bucket: Bucket, iter_weights: IterWeights, sent: SentVersion
-    ) -> None:
-        started = time.monotonic()
-        weights = iter_weights([tensor.name for tensor in bucket.tensors])
-        written_s = 0.0
-        for (name, weight), spec in zip(weights, bucket.tensors, strict=True):
-            assert name == spec.name and tuple(weight.shape) == spec.shape, (name, spec)
-            began = time.monotonic()
-            # Converts and, from a GPU, copies in the same pass.
-            data[spec.start : spec.end].view(DTYPES[dtype]).view(spec.shape).copy_(weight)
-            written_s += time.monotonic() - began
-        sent.seconds["write"] = sent.seconds.get("write", 0.0) + written_s
-        sent.seconds["gather"] = sent.seconds.get("gather", 0.0) + time.monotonic() - started - written_s
+    @staticmethod
+    def _write(data: torch.Tensor, dtype: str, bucket: Bucket, iter_weights: IterWeights, sent: SentVersion) -> None:
+        with sent.timed("gather"):
+            weights = iter_weights([tensor.name for tensor in bucket.tensors])
+            first = next(weights)  # under ZeRO-3 all of the bucket come with it
+        with sent.timed("write"):
+            sums = []
+            for spec in bucket.tensors:
+                name, weight = first if spec is bucket.tensors[0] else next(weights)
+                assert name == spec.name and tuple(weight.shape) == spec.shape, (name, spec)
+                source = _plain_bytes(weight, DTYPES[dtype])
+                if source is None:
+                    # Converts and, from a GPU, copies in the same pass.
+                    data[spec.start : spec.end].view(DTYPES[dtype]).view(spec.shape).copy_(weight)
+                sums.append(SummedCopy(name, _bytes(data, spec), source))
+            sent.checksums |= sum_up(sums)
+        assert next(weights, None) is None, bucket  # gives back what was gathered
 
     @staticmethod
     def _encode(
@@ -159,8 +166,13 @@ def take_part(manifest: Manifest, iter_weights: IterWeights, buckets: Sequence[i
             pass
 
 
-def _sum_up(data: torch.Tensor, bucket: Bucket, sent: SentVersion) -> None:
-    with sent.timed("checksum"):
-        for spec in bucket.tensors:
-            sent.checksums[spec.name] = tensor_checksum(data[spec.start : spec.end].numpy())
-    chaos.at("sync.bucket", data=data[bucket.start : bucket.end].numpy().data)
+def _plain_bytes(weight: torch.Tensor, dtype: torch.dtype) -> Bytes | None:
+    """A view of the bytes, where they are in this process's memory in the wanted form."""
+    if weight.device.type != "cpu" or weight.dtype is not dtype or not weight.is_contiguous():
+        return None
+    return weight.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def _bytes(data: torch.Tensor, tensor: TensorSpec) -> Bytes:
+    """Of one tensor in the data part."""
+    return data[tensor.start : tensor.end].numpy()

@@ -18,6 +18,7 @@ from raygym.actors.weight_sender import SentVersion
 from raygym.config import SyncConfig
 from raygym.lease import LeaseBook, ReplicaState
 from raygym.replica_weights import Applied
+from raygym.weight_checksums import model_checksum
 from raygym.weights import (
     Manifest,
     Published,
@@ -26,7 +27,6 @@ from raygym.weights import (
     WeightsError,
     WeightsId,
     buckets_of,
-    model_checksum,
 )
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ class Engine(Protocol):
 
     weight_version: int
     weights_checksum: str
-    """`weights.model_checksum` of the weights in use; empty until the first version was applied."""
+    """`weight_checksums.model_checksum` of the weights in use; empty until the first version was applied."""
 
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
         """Sample one continuation. Cancelling the call frees the request in the engine."""

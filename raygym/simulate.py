@@ -22,7 +22,7 @@ from raygym.simulated_batching import ContinuousBatching
 from raygym.simulated_faults import EngineLife, SimulatedFault, garbage
 from raygym.types import EngineLoad, Float32Array, Generation, Int32Array, Sampling
 from raygym.version_file import file_checksums
-from raygym.weights import model_checksum
+from raygym.weight_checksums import model_checksum
 
 
 class SimulatedConfig(BaseModel):

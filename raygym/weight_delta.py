@@ -37,7 +37,8 @@ from raygym.changed_positions import (
     valid_gaps,
     valid_mask,
 )
-from raygym.weights import ITEM_BYTES, WeightsError, tensor_checksum
+from raygym.weight_checksums import bytes_checksum
+from raygym.weights import ITEM_BYTES, WeightsError
 
 Form = Literal["whole", "mask", "gaps"]
 Bits = npt.NDArray[np.unsignedinteger[Any]]
@@ -67,7 +68,7 @@ class EncodedBucket:
     largest_error: float
     """The most that an element which is not sent differs from the new weights."""
     checksum: int
-    """`tensor_checksum` of the whole bucket once the message is applied."""
+    """`bytes_checksum` of the whole bucket once the message is applied."""
     full_nbytes: int
     """Bytes of the bucket itself."""
 
@@ -138,7 +139,7 @@ def encode_bucket(held: memoryview, new: memoryview, dtype: str, threshold: floa
         body = [_selected(new_bits, packed, sent), positions]
     else:
         form, body = "whole", [new_bits]
-        checksum = tensor_checksum(new_bits.data) if sent < elements and threshold else checksum
+        checksum = bytes_checksum(new_bits.data) if sent < elements and threshold else checksum
         sent, largest_error = elements, 0.0
     body_checksum = checksum if form == "whole" else _checksum(part.data for part in body)
     fields = _FIELDS.pack(
@@ -152,7 +153,7 @@ def encode_bucket(held: memoryview, new: memoryview, dtype: str, threshold: floa
         checksum,
         body_checksum,
     )
-    data = b"".join((fields, _HEADER_CHECKSUM.pack(tensor_checksum(fields)), *(part.data for part in body)))
+    data = b"".join((fields, _HEADER_CHECKSUM.pack(bytes_checksum(fields)), *(part.data for part in body)))
     return EncodedBucket(data, form, elements, sent, largest_error, checksum, new.nbytes)
 
 
@@ -165,7 +166,7 @@ def apply_bucket(encoded: bytes | memoryview, buffer: memoryview, dtype: str) ->
         dtype: of its elements.
 
     Returns:
-        The `tensor_checksum` that the buffer must have now. It has another one if it was not what the sender compared
+        The `bytes_checksum` that the buffer must have now. It has another one if it was not what the sender compared
         with; then the bucket must be sent whole.
 
     Raises:
@@ -204,7 +205,7 @@ def _read(data: memoryview, nbytes: int, dtype: str) -> _Message:
     magic, version, form_index, dtype_index, elements, sent, body_bytes, checksum, body_checksum = _FIELDS.unpack(
         fields
     )
-    if magic != _MAGIC or header_checksum != tensor_checksum(fields):
+    if magic != _MAGIC or header_checksum != bytes_checksum(fields):
         raise _refused("its header is damaged")
     if version != _FORMAT or form_index >= len(_FORMS) or dtype_index >= len(_DTYPES):
         raise _refused(f"it is of a format (version {version}) that is not known here")
@@ -216,7 +217,7 @@ def _read(data: memoryview, nbytes: int, dtype: str) -> _Message:
     body = data[_HEADER_BYTES:]
     if body.nbytes != body_bytes:
         raise _refused(f"its body has {body.nbytes} bytes, expected {body_bytes}")
-    if tensor_checksum(body) != body_checksum:
+    if bytes_checksum(body) != body_checksum:
         raise _refused("its body is damaged")
     if sent > elements or sent * item_bytes > body_bytes:
         raise _refused(f"it has no room for the {sent} values of {elements} that it announces")

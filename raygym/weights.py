@@ -1,4 +1,4 @@
-"""One version of a policy's weights as bytes: the manifest, its buckets, and checksums.
+"""One version of a policy's weights as bytes: the manifest and its buckets.
 
 A version is laid out as one safetensors file: an 8-byte length, a JSON header, then the tensors without gaps.
 Learner 0 writes the data part bucket by bucket to its place in such a file in the shared memory of its node, and sends
@@ -7,15 +7,12 @@ it to the other nodes' files; so the whole version is there, checked, before a s
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
-import xxhash
 from safetensors import safe_open
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,7 +31,7 @@ class WeightsId:
 
     version: int = 0
     checksum: str = ""
-    """`model_checksum`; empty for the files that the engines were started from."""
+    """`weight_checksums.model_checksum`; empty for the files that the engines were started from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ class Published:
     largest_error: float = 0.0
     """The most that a served weight differs from the learners', with `sync.delta.threshold` above 0."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Parts of the two above: of learner 0 `gather`, `write`, `encode`, `checksum`, `broadcast`; of the slowest replica
+    """Parts of the two above: of learner 0 `gather`, `write`, `encode`, `broadcast`; of the slowest replica
     `verify`, `load`."""
 
 
@@ -172,19 +169,6 @@ def safetensors_header(manifest: Manifest) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def tensor_checksum(data: Any) -> int:
-    """XXH3 (64 bits) of one tensor's bytes (any C-contiguous buffer): six times as fast as CRC-32, twice a copy."""
-    return int(xxhash.xxh3_64_intdigest(data))
-
-
-def model_checksum(tensors: Mapping[str, int]) -> str:
-    """One digest of a whole version from its tensors' checksums; independent of the order of the tensors."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(tensors):
-        digest.update(f"{name}:{tensors[name]:016x};".encode())
-    return digest.hexdigest()
 
 
 def check_shapes(

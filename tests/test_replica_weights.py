@@ -20,16 +20,15 @@ from raygym.in_flight import InFlight
 from raygym.replica_weights import ReplicaWeights
 from raygym.simulate import SimulatedConfig, SimulatedEngine
 from raygym.version_file import changed_tensors, file_checksums, file_shapes
+from raygym.weight_checksums import model_checksum, tensor_checksum
 from raygym.weight_slots import OpenSlots, WeightSlots
 from raygym.weights import (
     Manifest,
     VersionOffer,
     WeightsError,
     WeightsId,
-    model_checksum,
     plan_manifest,
     safetensors_header,
-    tensor_checksum,
 )
 
 SHAPES = [("a", (3, 4)), ("b", (7,)), ("c", (5, 2))]

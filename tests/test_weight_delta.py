@@ -22,8 +22,9 @@ from raygym.changed_positions import (
     valid_gaps,
     valid_mask,
 )
+from raygym.weight_checksums import bytes_checksum
 from raygym.weight_delta import EncodedBucket, apply_bucket, encode_bucket, summarize
-from raygym.weights import ITEM_BYTES, WeightsError, tensor_checksum
+from raygym.weights import ITEM_BYTES, WeightsError
 
 BITS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
 SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 3e38, 1.0)
@@ -65,7 +66,7 @@ def test_without_a_threshold_every_bit_arrives(elements: int, share: float, seed
     held, new = changed_bits(elements, share, seed, dtype)
     encoded = encode(held, new, dtype)
     receiver = held.copy()
-    assert apply_bucket(encoded.data, view(receiver), dtype) == encoded.checksum == tensor_checksum(new)
+    assert apply_bucket(encoded.data, view(receiver), dtype) == encoded.checksum == bytes_checksum(new)
     assert np.array_equal(receiver, new)
     assert encoded.largest_error == 0
     assert encoded.sent == (elements if encoded.form == "whole" else np.count_nonzero(held != new))
@@ -106,7 +107,7 @@ def test_errors_stay_below_the_threshold_over_versions(
         encoded = encode(held, new, dtype, threshold)
         before = held.copy()
         for holder in (held, receiver):
-            assert apply_bucket(encoded.data, view(holder), dtype) == tensor_checksum(holder)
+            assert apply_bucket(encoded.data, view(holder), dtype) == bytes_checksum(holder)
         assert np.array_equal(held, receiver)
         left = np.abs(as_float64(new, dtype) - as_float64(receiver, dtype))
         assert left.max() <= threshold
@@ -181,8 +182,8 @@ def with_checksums(data: bytes, sent: int, body: bytes) -> bytes:
     """A message whose checksums are right and whose content is not."""
     fields = bytearray(data[:48])
     struct.pack_into("<QQ", fields, 16, sent, len(body))
-    struct.pack_into("<Q", fields, 40, tensor_checksum(body))
-    return bytes(fields) + struct.pack("<Q", tensor_checksum(fields)) + body
+    struct.pack_into("<Q", fields, 40, bytes_checksum(body))
+    return bytes(fields) + struct.pack("<Q", bytes_checksum(fields)) + body
 
 
 def test_contents_that_make_no_sense_are_refused_whatever_their_checksums() -> None:
@@ -232,7 +233,7 @@ def test_a_receiver_that_held_something_else_sees_it_in_the_checksum() -> None:
     new[5] = 1
     other = held.copy()
     other[700] = 1
-    assert apply_bucket(encode(held, new, "float32").data, view(other), "float32") != tensor_checksum(other)
+    assert apply_bucket(encode(held, new, "float32").data, view(other), "float32") != bytes_checksum(other)
 
 
 def test_buckets_that_cannot_be_compared() -> None:

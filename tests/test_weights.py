@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from raygym.simulate import SimulatedConfig, SimulatedEngine
+from raygym.weight_checksums import PIECE_BYTES, SummedCopy, model_checksum, sum_up, tensor_checksum
 from raygym.weights import (
     WeightsError,
     buckets_of,
     check_shapes,
     checkpoint_shapes,
-    model_checksum,
     plan_manifest,
     safetensors_header,
-    tensor_checksum,
     tied_names,
 )
 
@@ -101,3 +100,18 @@ async def test_the_simulated_engine_reports_the_checksum_of_what_it_was_given(tm
     expected = model_checksum({name: tensor_checksum(t.numpy()) for name, t in tensors.items()})
     assert await engine.load_weights(str(tmp_path / "v.safetensors"), 3) == expected
     assert (engine.weight_version, engine.weights_checksum) == (3, expected)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 7, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 12_345])
+def test_a_tensor_is_copied_and_summed_up_by_several_threads_as_by_one(nbytes: int) -> None:
+    rng = np.random.default_rng(nbytes)
+    sources = {name: rng.integers(0, 256, nbytes, np.uint8) for name in "abc"}
+    targets = {name: np.zeros(nbytes, np.uint8) for name in sources}
+    copied = sum_up(SummedCopy(name, targets[name], sources[name]) for name in sources)
+    assert all(np.array_equal(targets[name], sources[name]) for name in sources)
+    assert copied == sum_up(SummedCopy(name, target) for name, target in targets.items())
+    assert copied == {name: tensor_checksum(source.tobytes()) for name, source in sources.items()}
+    for position in {0, nbytes // 2, nbytes - 1} if nbytes else ():
+        targets["b"][position] ^= 1
+        assert sum_up([SummedCopy("b", targets["b"])])["b"] != copied["b"]
+        targets["b"][position] ^= 1
