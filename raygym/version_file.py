@@ -16,7 +16,7 @@ from raygym.weights import WeightsError
 
 @contextmanager
 def held_open(path: str) -> Iterator[str]:
-    """Another path to the file, which all processes of this node can open inside the block, whoever has written it ends.
+    """Another path to the file, for all processes of this node, that stays good when whoever has written it ends.
 
     Raises:
         WeightsError: the file cannot be opened.

@@ -20,7 +20,7 @@ from test_train_command import COMMAND, ROOT
 from tiers import only_long
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-STEPS = 40
+STEPS = 80
 SETTINGS: dict[str, Any] = {
     "name": "nodes",
     "steps": STEPS,
@@ -71,7 +71,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=only_long)])
 def test_what_a_lost_node_ran_is_replaced(how: int, ray_cluster: None, tmp_path: Path) -> None:
     run, output = tmp_path / "runs/nodes", tmp_path / "output"
-    with more_nodes(2, "--num-cpus=2") as nodes, training(tmp_path) as process:
+    with more_nodes(2, "--num-cpus=4") as nodes, training(tmp_path) as process:
         deadline = time.monotonic() + _DEADLINE_S
         while len(rows(run)) < 5:
             assert process.poll() is None and time.monotonic() < deadline, output.read_text()
