@@ -127,7 +127,7 @@ def watch(
     sample_at, fault_at = began, began + options.fault_every
     samples: list[tuple[float, dict[str, float]]] = []
     faults: list[str] = []
-    while (now := time.monotonic()) < began + options.minutes * 60 and run.is_running():
+    while (now := time.monotonic()) < began + options.minutes * 60 and alive(run):
         if now >= sample_at:
             samples.append((now - began, sample(run)))
             if options.samples:
@@ -139,6 +139,14 @@ def watch(
             fault_at += options.fault_every
         time.sleep(0.2)
     return samples, faults
+
+
+def alive(run: psutil.Process) -> bool:
+    """It has not ended; what nobody has waited for yet still has its process."""
+    try:
+        return bool(run.is_running() and run.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def strike(run: psutil.Process, kind: str, action: str, draw: random.Random) -> list[str]:
