@@ -260,8 +260,7 @@ class CheckpointConfig(Section):
     best_metric: str = "val/reward"
     """A key of metrics.jsonl, the higher the better. Only checkpoints of steps that have it can be the best."""
     mirror: str | None = None
-    """A folder or URL, such as s3://bucket/prefix, to which checkpoints are copied; a start without them takes them from
-    there."""
+    """A folder or URL, such as s3://bucket/prefix, to which checkpoints are copied and from which they are taken."""
     mirror_required: bool = False
     """A checkpoint that cannot be copied ends the run; without it, that is told and the next one is tried."""
     mirror_wait_s: NonNegativeFloat = 600

@@ -38,7 +38,7 @@ def restore_newer(config: RunConfig, store: MirrorStore, told: Callable[[str], N
         if not runs:
             return
         current, mine = runs[-1], run_in_mirror(run_dir, url)
-        if local is not None and mine is None or mine is not None and mine != current:
+        if mine != current and (mine is not None or local is not None):
             raise ConfigError(
                 f"checkpoint.mirror: {url} holds another run of the name {config.name} ({current}) than {run_dir}; "
                 f"give this run another name or mirror, move {run_dir} away to go on with that one, or use {_FRESH}"
@@ -55,16 +55,16 @@ def restore_newer(config: RunConfig, store: MirrorStore, told: Callable[[str], N
     except Exception as error:  # of any type: each kind of store has its own
         said = f"checkpoint.mirror: {url} cannot be read ({type(error).__name__}: {error})"
         if local is None:
-            raise ConfigError(f"{said}, and {run_dir} has no checkpoint to go on from; mend it, or use {_FRESH}") from error
+            raise ConfigError(
+                f"{said}, and {run_dir} has no checkpoint to go on from; mend it, or use {_FRESH}"
+            ) from error
         told(f"warning: {said}; the run goes on from {local.path}")
         return
     if local is None and newer:
         raise ConfigError(f"checkpoint.mirror: none of the checkpoints in {url} can be used; use {_FRESH}")
 
 
-def _restore(
-    config: RunConfig, store: MirrorStore, run: str, upload: Upload, told: Callable[[str], None]
-) -> None:
+def _restore(config: RunConfig, store: MirrorStore, run: str, upload: Upload, told: Callable[[str], None]) -> None:
     run_dir = config.run_dir
     making = run_dir.parent / f".{run_dir.name}.restoring"
     told(f"taking checkpoint step_{upload.step:06d} from {config.checkpoint.mirror}")

@@ -90,17 +90,22 @@ class MirrorStore:
         found = (self._read(run, folder) for folder in self._folders(run))
         return sorted((upload for upload in found if upload), key=lambda upload: upload.step)
 
-    def put(self, run: str, folder: str, local: Path, step: int, seal: str) -> None:
-        """Write all files below `local` as the upload `folder`; what is there already of it is replaced."""
-        files = {path.relative_to(local).as_posix(): path.stat().st_size for path in local.rglob("*") if path.is_file()}
-        for name, size in sorted(files.items()):
-            target = f"{self._root}/{run}/{folder}/{name}"
-            self._fs.put_file(str(local / name), target)
-            self._fs.invalidate_cache()
-            if (there := self._fs.info(target)["size"]) != size:
-                raise OSError(f"{name} has {there} bytes there, expected {size}")
-        whole = {"step": step, "seal": seal, "files": files}
-        self._fs.pipe_file(f"{self._root}/{run}/{folder}/{_WHOLE}", json.dumps(whole).encode())
+    def put(self, run: str, folder: str, name: str, local: Path) -> None:
+        """Write a file as `name` of the upload `folder`, which is not whole yet.
+
+        Raises:
+            OSError: the store took another number of bytes. It may raise errors of other types, too.
+        """
+        target, size = f"{self._root}/{run}/{folder}/{name}", local.stat().st_size
+        self._fs.put_file(str(local), target)
+        self._fs.invalidate_cache()
+        if (there := self._fs.info(target)["size"]) != size:
+            raise OSError(f"{name} has {there} bytes there, expected {size}")
+
+    def complete(self, run: str, upload: Upload) -> None:
+        """All files of an upload were put: it is whole."""
+        whole = {"step": upload.step, "seal": upload.seal, "files": upload.files}
+        self._fs.pipe_file(f"{self._root}/{run}/{upload.folder}/{_WHOLE}", json.dumps(whole).encode())
 
     def get(self, run: str, upload: Upload, part: str, local: Path) -> None:
         """Read the files of an upload's folder `part` into the folder `local`, which is made anew."""

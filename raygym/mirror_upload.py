@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from raygym.backoff import Backoff
 from raygym.checkpoint import kept_steps
 from raygym.config import RunConfig
 from raygym.file_manifest import MANIFEST, write_manifest
-from raygym.mirror_store import MirrorStore, upload_name
+from raygym.mirror_store import MirrorStore, Upload, upload_name
 from raygym.whole_file import write_whole
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "ledger.jsonl", "events.jsonl")
@@ -163,7 +164,9 @@ class CheckpointMirror:
             # Before the first checkpoint: a start after --fresh must not find what was before that.
             self._tried(self._own_run)
         except Exception as error:  # of any type: each kind of store has its own
-            self._told(f"warning: checkpoint.mirror: {self._url} cannot be used now ({_said(error)}); it is tried again")
+            self._told(
+                f"warning: checkpoint.mirror: {self._url} cannot be used now ({_said(error)}); it is tried again"
+            )
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._ended.is_set())
@@ -187,14 +190,25 @@ class CheckpointMirror:
         folder = known.get((staged.step, staged.seal))
         if folder is None:
             folder = staged.folder.name
-            self._tried(lambda: self._store.put(run, folder, staged.folder, staged.step, staged.seal))
+            self._put(run, staged)
         if self._problem:
             self._told(f"checkpoint step_{staged.step:06d} is mirrored at {self._url} again")
         self._problem = ""
         try:
             self._tried(lambda: self._prune(run, staged, folder))
         except Exception as error:
-            self._told(f"older checkpoints could not be removed from {self._url} ({_said(error)}); the next one does it")
+            self._told(
+                f"older checkpoints could not be removed from {self._url} ({_said(error)}); the next one does it"
+            )
+
+    def _put(self, run: str, staged: _Staged) -> None:
+        folder, files = staged.folder, dict[str, int]()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            self._tried(partial(self._store.put, run, folder.name, name, path))
+            files[name] = path.stat().st_size
+        upload = Upload(folder.name, staged.step, staged.seal, files)
+        self._tried(lambda: self._store.complete(run, upload))
 
     def _own_run(self) -> str:
         run = run_in_mirror(self._run_dir, self._url)
@@ -231,7 +245,9 @@ class CheckpointMirror:
 
 
 @contextmanager
-def mirrored(config: RunConfig, store: MirrorStore | None, told: Callable[[str], None]) -> Iterator[CheckpointMirror | None]:
+def mirrored(
+    config: RunConfig, store: MirrorStore | None, told: Callable[[str], None]
+) -> Iterator[CheckpointMirror | None]:
     """Gives the mirror of a run, which has not begun; at its end, what still has to be sent is waited for.
 
     Not after an interrupt, which is to be quick. None where `store` is.

@@ -144,7 +144,7 @@ def test_as_many_stay_in_the_mirror_as_in_the_run(tmp_path: Path, url: str) -> N
     assert steps_of(MirrorStore.open(url, "t")) == [6]
 
 
-@pytest.mark.parametrize("fails_at", range(1, 60, 3))
+@pytest.mark.parametrize("fails_at", range(2, 60, 3))
 def test_a_store_that_dies_at_any_call_leaves_a_run_to_go_on_with(
     tmp_path: Path, flaky: tuple[Flaky, MirrorStore], fails_at: int
 ) -> None:
@@ -165,19 +165,16 @@ def test_a_store_that_dies_at_any_call_leaves_a_run_to_go_on_with(
 
 def test_what_fails_once_is_tried_again(tmp_path: Path, flaky: tuple[Flaky, MirrorStore]) -> None:
     fs, store = flaky
-    fs.works = lambda call: call % 2 == 0
+    fs.works = lambda call: call % 3 != 0
     told: list[str] = []
-    restored = mirrored_config(tmp_path, "memory://away", 3)
-    # A listing of the start is not tried again: a person waits for it.
-    fs.calls = 1
-    train(restored, told, store=store)
+    train(mirrored_config(tmp_path, "memory://away", 3), told, store=store)
+    assert fs.calls > 30, told
     fs.works = lambda call: True
-    assert steps_of(store)[-2:] == [2, 3] and told == []
+    assert steps_of(store)[-2:] == [2, 3]
+    assert not any("not mirrored" in line for line in told), told
 
 
-def test_a_store_that_is_away_does_not_end_a_run_unless_told(
-    tmp_path: Path, flaky: tuple[Flaky, MirrorStore]
-) -> None:
+def test_a_store_that_is_away_does_not_end_a_run_unless_told(tmp_path: Path, flaky: tuple[Flaky, MirrorStore]) -> None:
     fs, store = flaky
     told: list[str] = []
     config = mirrored_config(tmp_path, "memory://away", 3)
@@ -224,7 +221,7 @@ def test_fresh_begins_another_run_there_before_its_first_checkpoint(tmp_path: Pa
     shutil.rmtree(tmp_path / "a")
     run, _ = train(mirrored_config(tmp_path / "a", url, 2), [])
     assert run.made == [0, 1]
-    assert [len(store.uploads(name)) for name in store.runs()] == [3, 0, 2]
+    assert [len(store.uploads(name)) for name in store.runs()] == [2, 0, 2]
 
 
 def test_two_runs_of_one_name_are_not_mixed(tmp_path: Path, url: str) -> None:
@@ -239,7 +236,7 @@ def test_two_runs_of_one_name_are_not_mixed(tmp_path: Path, url: str) -> None:
     mirror.submit(4, {})
     mirror.close(30)
     assert any("begun there by another process" in line for line in told)
-    assert [len(store.uploads(name)) for name in store.runs()] == [3, 3]
+    assert [len(store.uploads(name)) for name in store.runs()] == [2, 2]
 
 
 def test_a_slow_store_gets_the_newest_and_holds_up_nobody(tmp_path: Path, flaky: tuple[Flaky, MirrorStore]) -> None:
@@ -260,8 +257,7 @@ def test_a_slow_store_gets_the_newest_and_holds_up_nobody(tmp_path: Path, flaky:
     with pytest.raises(MirrorError, match="within 0 s"):
         CheckpointMirror.close(_required(mirror), 0)
     gate.set()
-    config2 = mirrored_config(tmp_path, "memory://away", 3, keep_last=3)
-    again = CheckpointMirror(config2, store, told.append)
+    again = CheckpointMirror(config, store, told.append)
     again.begin()
     again.submit(3, {})
     again.close(30)
@@ -294,6 +290,7 @@ def test_a_url_that_cannot_be_opened_is_told_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, said: str
 ) -> None:
     if "zz" not in url:
+
         def missing(name: str) -> Any:
             raise ImportError("Install it to access it")
 
