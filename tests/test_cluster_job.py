@@ -1,0 +1,97 @@
+"""A run over several raylets of this machine, as `ray job submit` and as configs/cluster/slurm.sbatch start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from ray_head import ray_head
+from tiers import only_long
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), only_long]
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+RUN = ["policy.engine=simulated", "rollout.env_runners=2", "steps=2"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | more
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(timeout=60)
+
+
+@contextmanager
+def another_node(head: dict[str, str]) -> Iterator[None]:
+    """One more raylet in the cluster of `ray_head`."""
+    variables = environment(**{key: value for key, value in head.items() if key.startswith("RAY_")})
+    command = [head["ray"], "start", f"--address={head['address']}", "--num-cpus=2", "--block", "--disable-usage-stats"]
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        end(process)
+
+
+def made(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_submitted_job_on_two_nodes(tmp_path: Path) -> None:
+    with ray_head() as head, another_node(head):
+        # The second node joins while the job is submitted; the job itself says whether it did.
+        wait = (
+            "import ray, sys, time; ray.init(log_to_driver=False); until = time.monotonic() + 60\n"
+            "while len(ray.nodes()) < 2 and time.monotonic() < until: time.sleep(0.2)\n"
+            "sys.exit(len(ray.nodes()) != 2)"
+        )
+        command = f'{sys.executable} -c "{wait}" && exec {sys.executable} -m raygym train configs/tiny.yaml '
+        done = subprocess.run(
+            [head["ray"], "job", "submit", "--address", head["dashboard"], "--working-dir", ".", "--",
+             "bash", "-c", command + " ".join([f"runs_dir={tmp_path}", *RUN])],
+            cwd=ROOT, env=environment(**{key: value for key, value in head.items() if key.startswith("RAY_")}),
+            capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert made(tmp_path / "tiny") == [0, 1, 2]
+
+
+def test_slurms_script_with_real_ray_on_two_nodes(tmp_path: Path) -> None:
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    # The script has no dashboard and Ray's own ports; two raylets of one machine find free ones.
+    (stand_ins / "scontrol").write_text("#!/bin/bash\necho alpha\necho beta\n")
+    (stand_ins / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    (stand_ins / "hostname").write_text("#!/bin/bash\necho 127.0.0.1\n")
+    for file in stand_ins.iterdir():
+        file.chmod(0o755)
+    variables = environment(
+        PATH=f"{stand_ins}:{BIN}:/usr/bin:/bin", SLURM_JOB_NODELIST="[alpha,beta]", SLURM_JOB_ID=str(os.getpid()),
+        SLURM_CPUS_ON_NODE="2", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    variables.pop("SLURM_GPUS_ON_NODE", None)
+    began = time.monotonic()
+    done = subprocess.run(
+        ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), str(ROOT / "configs/tiny.yaml"),
+         f"runs_dir={tmp_path}", *RUN],
+        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    print(f"{time.monotonic() - began:.0f} s")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert made(tmp_path / "tiny") == [0, 1, 2]
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in w for w in p.info["cmdline"] or [])]
+    assert not left
+    shutil.rmtree(stand_ins)
