@@ -23,7 +23,11 @@ from raygym.nemo_gym.config import NemoGymConfig
 from raygym.supervision_config import SupervisionConfig
 from raygym.types import FailureKind
 
-__all__ = ["ConfigError", "LearnerConfig", "Section"]
+__all__ = [
+    "AlarmsConfig", "CheckpointConfig", "ConfigError", "DeltaConfig", "EnvConfig", "HttpConfig", "LearnerConfig",
+    "LoggingConfig", "NemoGymConfig", "PolicyConfig", "RolloutConfig", "RunConfig", "Section", "SessionsConfig",
+    "SupervisionConfig", "SyncConfig", "ValidationConfig",
+]  # fmt: skip
 
 # Engine arguments without which tokens, logprobs or weight updates would not be exact.
 _VLLM_OWNED = {
