@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,16 @@ def environment(**more: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | more
 
 
+def agent_ports() -> list[str]:
+    """Of a node's own: with the default ones a raylet ends beside another cluster's on the same machine."""
+    ports = []
+    for option in ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--metrics-export-port"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(f"{option}={probe.getsockname()[1]}")
+    return ports
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         with suppress(psutil.NoSuchProcess):
@@ -39,6 +51,7 @@ def another_node(head: dict[str, str]) -> Iterator[None]:
     """One more raylet in the cluster of `ray_head`."""
     variables = environment(**{key: value for key, value in head.items() if key.startswith("RAY_")})
     command = [head["ray"], "start", f"--address={head['address']}", "--num-cpus=2", "--block", "--disable-usage-stats"]
+    command += agent_ports()
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
@@ -72,10 +85,14 @@ def test_a_submitted_job_on_two_nodes(tmp_path: Path) -> None:
 def test_slurms_script_with_real_ray_on_two_nodes(tmp_path: Path) -> None:
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
-    # The script has no dashboard and Ray's own ports; two raylets of one machine find free ones.
     (stand_ins / "scontrol").write_text("#!/bin/bash\necho alpha\necho beta\n")
     (stand_ins / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     (stand_ins / "hostname").write_text("#!/bin/bash\necho 127.0.0.1\n")
+    ports = [" ".join(agent_ports()) for _ in range(2)]
+    (stand_ins / "ray").write_text(
+        f'#!/bin/bash\nports="{ports[0]}"\nif [[ $2 == --head ]]; then ports="{ports[1]} --temp-dir=$RAY_FOLDER"; fi\n'
+        f'exec {BIN}/ray "$@" $ports\n'
+    )
     for file in stand_ins.iterdir():
         file.chmod(0o755)
     variables = environment(
@@ -83,6 +100,7 @@ def test_slurms_script_with_real_ray_on_two_nodes(tmp_path: Path) -> None:
         SLURM_CPUS_ON_NODE="2", PYTHONPATH=str(ROOT),
     )  # fmt: skip
     variables.pop("SLURM_GPUS_ON_NODE", None)
+    variables["RAY_FOLDER"] = tempfile.mkdtemp(prefix="rg")  # a short path: Ray puts Unix sockets below it
     began = time.monotonic()
     done = subprocess.run(
         ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), str(ROOT / "configs/tiny.yaml"),
@@ -94,4 +112,4 @@ def test_slurms_script_with_real_ray_on_two_nodes(tmp_path: Path) -> None:
     assert made(tmp_path / "tiny") == [0, 1, 2]
     left = [p.pid for p in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in w for w in p.info["cmdline"] or [])]
     assert not left
-    shutil.rmtree(stand_ins)
+    shutil.rmtree(variables["RAY_FOLDER"], ignore_errors=True)
