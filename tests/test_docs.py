@@ -207,6 +207,14 @@ def test_keys_in_tables_exist() -> None:
             if inner and f'"{section}.{key}' not in source:  # a point of raygym.testing.chaos
                 assert key in inner, f"{page.name}: {section}.{key}"
                 checked += 1
+        for section, table in re.findall(
+            r"^\|[^|\n]*`([a-z]+)\.?`[^|\n]*\|.*\n\|--.*\n((?:\|.*\n)+)", page.read_text(), re.M
+        ):
+            inner = getattr(fields[section].annotation, "model_fields", None) if section in fields else None
+            for row in table.splitlines() if inner else ():
+                for key in re.findall(r"(?:^ |, )`([a-z_]+)", row.split("|")[1]):
+                    assert inner is not None and key in inner, f"{page.name}: {section}: {key}"
+                    checked += 1
     assert checked > 60
 
 
@@ -258,3 +266,12 @@ def test_the_reference_is_made_of_the_docstrings(tmp_path: Path) -> None:
     assert "When the run is saved, so that it can go on from there" in page
     assert "to which checkpoints are copied" in page
     assert "ChatEnv" in (tmp_path / "raygym.html").read_text(encoding="utf-8")
+
+
+def test_the_map_names_every_module() -> None:
+    """CONTRIBUTING.md's table: a module by its name, what is in a folder by the folder's."""
+    named = set(re.findall(r"`([\w/]+?)/?`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    modules = [path for folder in ("raygym", "actors") for path in (ROOT / folder).glob("*.py")]
+    assert not [path.stem for path in modules if path.stem not in named and not path.stem.startswith("__")]
+    folders = [path.parent.name for path in (ROOT / "raygym").glob("*/__init__.py") if path.parent.name != "actors"]
+    assert not [name for name in folders if name not in named]
