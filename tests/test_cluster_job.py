@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,12 +61,27 @@ def another_node(head: dict[str, str]) -> Iterator[None]:
         end(process)
 
 
+def wait_for_dashboard(address: str) -> None:
+    """`ray job submit` asks once whether it is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{address}/api/version", timeout=5):
+                return
+        except urllib.error.HTTPError:  # it wants a token, so it is there
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError("the dashboard was not up within 120 s")
+
+
 def made(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_submitted_job_on_two_nodes(tmp_path: Path) -> None:
     with ray_head() as head, another_node(head):
+        wait_for_dashboard(head["dashboard"])
         # The second node joins while the job is submitted; the job itself says whether it did.
         wait = (
             "import ray, sys, time; ray.init(log_to_driver=False); until = time.monotonic() + 60\n"
@@ -87,7 +104,6 @@ def test_slurms_script_with_real_ray_on_two_nodes(tmp_path: Path) -> None:
     stand_ins.mkdir()
     (stand_ins / "scontrol").write_text("#!/bin/bash\necho alpha\necho beta\n")
     (stand_ins / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
-    (stand_ins / "hostname").write_text("#!/bin/bash\necho 127.0.0.1\n")
     ports = [" ".join(agent_ports()) for _ in range(2)]
     (stand_ins / "ray").write_text(
         f'#!/bin/bash\nports="{ports[0]}"\nif [[ $2 == --head ]]; then ports="{ports[1]} --temp-dir=$RAY_FOLDER"; fi\n'
