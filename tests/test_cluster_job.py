@@ -18,8 +18,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from ray_head import ray_head
+from ray_nodes import more_nodes
 from tiers import only_long
+
+from raygym.actors.env_runner import start_env_runner
+from raygym.config import EnvConfig
+from raygym.episode import EpisodeLimits
+from raygym.models import resolve_policy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), only_long]
 ROOT = Path(__file__).parent.parent
@@ -89,9 +96,11 @@ def test_a_submitted_job_on_two_nodes(tmp_path: Path) -> None:
             "sys.exit(len(ray.nodes()) != 2)"
         )
         command = f'{sys.executable} -c "{wait}" && exec {sys.executable} -m raygym train configs/tiny.yaml '
+        # No working directory: raylets of one machine would unpack it in the same place, and remove it for each other.
+        places = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
         done = subprocess.run(
-            [head["ray"], "job", "submit", "--address", head["dashboard"], "--working-dir", ".", "--",
-             "bash", "-c", command + " ".join([f"runs_dir={tmp_path}", *RUN])],
+            [head["ray"], "job", "submit", "--address", head["dashboard"], "--runtime-env-json", places, "--",
+             "bash", "-c", f"cd {ROOT}; " + command + " ".join([f"runs_dir={tmp_path}", *RUN])],
             cwd=ROOT, env=environment(**{key: value for key, value in head.items() if key.startswith("RAY_")}),
             capture_output=True, text=True, timeout=400,
         )  # fmt: skip
@@ -129,3 +138,19 @@ def test_slurms_script_with_real_ray_on_two_nodes(tmp_path: Path) -> None:
     left = [p.pid for p in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in w for w in p.info["cmdline"] or [])]
     assert not left
     shutil.rmtree(variables["RAY_FOLDER"], ignore_errors=True)
+
+
+def test_env_runners_are_spread_over_the_nodes(ray_cluster: None) -> None:
+    with more_nodes(1, "--num-cpus=1"):
+        envs, limits = [EnvConfig(id="raygym/NumberGuess-v0")], EpisodeLimits(8, 16, 1000, 5.0, 5.0, 5.0)
+        nobody = {"deployment": "nobody", "app": "nobody"}
+        runners = [
+            start_env_runner(envs, str(resolve_policy("tiny")), limits, run_seed=0, max_concurrent=1, **nobody)
+            for _ in range(4)
+        ]
+        ray.get([runner.ping.remote() for runner in runners], timeout=120)
+        alive = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+        nodes = [actor["Address"]["NodeID"] for actor in alive if actor["ActorClassName"] == "EnvRunner"]
+        for runner in runners:
+            ray.kill(runner)
+    assert len(nodes) == 4 and len(set(nodes)) == 2, nodes
