@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 # DeepSpeed looks for ninja on the PATH; last, for the reason given in tools/setup.py.
 export PATH := $(PATH):$(CURDIR)/$(BIN)
 
-.PHONY: setup nemo-gym trl demo test test-long test-pure lint bench clean
+.PHONY: setup nemo-gym trl demo test test-long test-pure lint bench docs clean
 
 setup:
 	@python3 tools/setup.py $(if $(PYTHON),--python "$(PYTHON)")
@@ -46,6 +46,10 @@ lint: setup
 
 bench: setup
 	@set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file $(BENCH_ARGS); done
+
+# The API reference, made of the docstrings.
+docs: setup
+	@$(BIN)/python tools/api_reference.py
 
 # Leaves .venv and runs/ alone.
 clean:

@@ -262,10 +262,12 @@ def start_env_runner(
     Args:
         envs: see `EnvRunner`, as are all others up to memory_mib.
         max_concurrent: episodes at once; as many more may wait in it for their place.
-        actor_options: Ray's options for the actor, over the defaults (no CPU reserved, restarted always).
+        actor_options: Ray's options for the actor, over the defaults (no CPU reserved, spread over nodes, restarted always).
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
+        # By default actors that reserve nothing all go to the node that starts them.
+        "scheduling_strategy": "SPREAD",
         "max_restarts": -1,
         "max_task_retries": 0,
         "max_concurrency": 2 * max_concurrent + _SPARE_CONCURRENCY,

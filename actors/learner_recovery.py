@@ -9,13 +9,19 @@ from raygym.actors.session import Session
 from raygym.actors.trainer import Trainer
 from raygym.config import ConfigError, RunConfig
 from raygym.console import RunConsole
+from raygym.mirror_upload import CheckpointMirror
 from raygym.resume import ResumePoint, rewind_point
 from raygym.run_files import RunFiles
 from raygym.supervision import GivenUp, Kind
 
 
 def train_through_losses(
-    config: RunConfig, session: Session, files: RunFiles, console: RunConsole, resumed: ResumePoint | None
+    config: RunConfig,
+    session: Session,
+    files: RunFiles,
+    console: RunConsole,
+    resumed: ResumePoint | None,
+    mirror: CheckpointMirror | None,
 ) -> dict[str, Any]:
     """Train to the end, with one gang of learners after the other where they are lost.
 
@@ -28,20 +34,22 @@ def train_through_losses(
         files: of the run.
         console: gets the progress.
         resumed: where the run goes on at first.
+        mirror: gets each checkpoint.
 
     Returns:
         What summary.json holds.
 
     Raises:
         GivenUp: the gang, or another part, was lost more often than `supervision` allows.
-        LearnerStateError, RolloutStopped, WeightsError, AlarmStop, DiskFull: as `Trainer.run`.
+        LearnerStateError, RolloutStopped, WeightsError, AlarmStop, DiskFull, MirrorError: as `Trainer.run`.
     """
-    trainer = Trainer(config, session, files, console, resumed)
+    trainer = Trainer(config, session, files, console, resumed, mirror)
     lost: LearnerError | None = None
     while True:
         try:
             if lost is not None:
-                trainer = _restarted(config, session, files, console, trainer, lost)
+                point = _restarted(config, session, files, console, trainer, lost)
+                trainer = Trainer(config, session, files, console, point, mirror)
             return trainer.run()
         except LearnerError as error:  # also while the gang is started again, or loads its state
             lost = error
@@ -49,8 +57,8 @@ def train_through_losses(
 
 def _restarted(
     config: RunConfig, session: Session, files: RunFiles, console: RunConsole, trainer: Trainer, lost: LearnerError
-) -> Trainer:
-    """Who goes on with the run, with a new gang."""
+) -> ResumePoint:
+    """Start a new gang; where the run goes on with it."""
     session.supervisor.lost(Kind.LEARNER, GANG, str(lost))
     session.end_learners()
     session.rollouts.stop_playing()
@@ -65,4 +73,4 @@ def _restarted(
     with console.phase(f"starting the learners again, from {from_where}"):
         session.restart_learners()
     session.supervisor.restarted(Kind.LEARNER, GANG)
-    return Trainer(config, session, files, console, point)
+    return point

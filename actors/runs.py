@@ -17,6 +17,9 @@ from raygym.config import ConfigError, RunConfig
 from raygym.console import RunConsole
 from raygym.deepspeed_options import unloadable_state
 from raygym.metrics import validation_metrics
+from raygym.mirror_restore import restore_newer
+from raygym.mirror_store import MirrorStore
+from raygym.mirror_upload import CheckpointMirror, mirrored
 from raygym.resume import FinishedError, ResumePoint, only_writer, resume_point
 from raygym.run_files import RunFiles
 from raygym.tasks import validation_tasks
@@ -35,19 +38,32 @@ def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_confi
 
     Raises:
         ConfigError: the run cannot begin, or not go on, as it is configured.
+        MirrorError: a checkpoint was not mirrored, and `checkpoint.mirror_required` is set.
     """
     config, port = prepared(config, model_dir)
     console = RunConsole(config.steps)
+    url = config.checkpoint.mirror
+    store = None if url is None else MirrorStore.open(url, config.name)
     with only_writer(config.run_dir):
+        if store is not None and not fresh:
+            restore_newer(config, store, console.line)
         try:
             found = None if fresh else resume_point(config, allow_change=allow_config_change, told=console.line)
         except FinishedError as finished:
             console.line(f"raygym: {finished}")
             return
-        _train(config, model_dir, port, console, found)
+        with mirrored(config, store, console.line) as mirror:
+            _train(config, model_dir, port, console, found, mirror)
 
 
-def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, resumed: ResumePoint | None) -> None:
+def _train(
+    config: RunConfig,
+    model_dir: str,
+    port: int,
+    console: RunConsole,
+    resumed: ResumePoint | None,
+    mirror: CheckpointMirror | None,
+) -> None:
     started = time.monotonic()
     if unloadable := unloadable_state(config.learner.deepspeed):
         if resumed is not None:
@@ -61,6 +77,10 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
         console.line(f"resuming {files.path} at step {resumed.step} (checkpoint {resumed.checkpoint.path.name})")
     if files.discarded is not None:
         console.line(f"what it had done after that was moved to {files.discarded}")
+    if mirror is not None:
+        mirror.begin()
+        if resumed is not None and resumed.checkpoint is not None:
+            mirror.submit(resumed.step, files.scores)  # a kill may have come before it was sent
     supervisor = Supervisor(config.supervision, files.event, console.line)
     rollouts = resumed.rollouts if resumed else None
     session = Session(config, model_dir, port, resumed=rollouts, supervisor=supervisor)
@@ -69,7 +89,7 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
             session.__enter__()
         ready_s = time.monotonic() - started
         console.line(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
-        summary = train_through_losses(config, session, files, console, resumed)
+        summary = train_through_losses(config, session, files, console, resumed, mirror)
     finally:
         try:
             with console.phase("stopping"):

@@ -19,6 +19,7 @@ from raygym.config import RunConfig
 from raygym.console import RunConsole
 from raygym.histogram import Histogram
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
+from raygym.mirror_upload import CheckpointMirror
 from raygym.resume import ResumePoint, checkpoint_store, require_shared, save_run_state
 from raygym.rollout_state import RolloutState
 from raygym.run_files import HeldRow, RunFiles
@@ -50,6 +51,7 @@ class Trainer:
         files: RunFiles,
         console: RunConsole,
         resumed: ResumePoint | None = None,
+        mirror: CheckpointMirror | None = None,
     ) -> None:
         """Nothing is done yet. `resumed`: where the run goes on; `session` was started with its rollouts."""
         self._config = config
@@ -64,6 +66,7 @@ class Trainer:
         self._doing = ""
         self._resumed = resumed
         self._checkpoints = checkpoint_store(config)
+        self._mirror = mirror
         self._validation = ValidationStream(config, session.rollouts.validate, files, console, self._validating)
 
     def run(self) -> dict[str, Any]:
@@ -77,6 +80,7 @@ class Trainer:
             AlarmStop: an alarm ends the run; the last whole step was saved.
             GivenUp: a part was lost more often than the config allows.
             DiskFull: there was no room for a file of the run within `logging.disk_wait_s`.
+            MirrorError: a checkpoint was not mirrored, and `checkpoint.mirror_required` is set.
         """
         session, version = self._session, self._begin()
         for step in range(version, self._config.steps):
@@ -224,6 +228,8 @@ class Trainer:
         # Once, also after the last one: the run's end does it again.
         retaining = partial(self._checkpoints.retain, self._files.scores)
         disk.attempt("which checkpoint is the newest and the best", retaining, "the next checkpoint tells it")
+        if self._mirror is not None:
+            self._mirror.submit(step, self._files.scores)
 
     def _write_checkpoint(self, step: int, row: Row, rollouts: RolloutState) -> None:
         """Make the checkpoint of a step, which a validation of its policy may be playing meanwhile.

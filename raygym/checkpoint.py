@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,17 @@ class Checkpoint:
     def state(self) -> Path:
         """The folder of what is needed to go on, beside the policy itself."""
         return self.path / "training_state"
+
+
+def kept_steps(steps: Iterable[int], scores: Mapping[int, float], keep_last: int, keep_best: int) -> set[int]:
+    """Whose checkpoints stay: the newest and the best. `scores` is as in `CheckpointStore.retain`."""
+    return {*sorted(steps)[-keep_last:], *_best(steps, scores, keep_best)}
+
+
+def _best(steps: Iterable[int], scores: Mapping[int, float], count: int) -> list[int]:
+    """The best of them, the best one last."""
+    scored = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
+    return scored[max(0, len(scored) - count) :]
 
 
 class CheckpointStore:
@@ -126,9 +137,8 @@ class CheckpointStore:
             scores: by step, the higher the better; the later of equal ones is better. Steps without one cannot be best.
         """
         steps = self.steps()
-        scored = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
-        best = scored[max(0, len(scored) - self._keep_best) :]
-        for step in set(steps) - set(steps[-self._keep_last :]) - set(best):
+        best = _best(steps, scores, self._keep_best)
+        for step in set(steps) - kept_steps(steps, scores, self._keep_last, self._keep_best):
             # Under another name first: a checkpoint that is half removed must not look like one.
             going = self.path_of(step).rename(self._aside(step))
             shutil.rmtree(going, ignore_errors=True)

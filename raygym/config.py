@@ -23,7 +23,11 @@ from raygym.nemo_gym.config import NemoGymConfig
 from raygym.supervision_config import SupervisionConfig
 from raygym.types import FailureKind
 
-__all__ = ["ConfigError", "LearnerConfig", "Section"]
+__all__ = [
+    "AlarmsConfig", "CheckpointConfig", "ConfigError", "DeltaConfig", "EnvConfig", "HttpConfig", "LearnerConfig",
+    "LoggingConfig", "NemoGymConfig", "PolicyConfig", "RolloutConfig", "RunConfig", "Section", "SessionsConfig",
+    "SupervisionConfig", "SyncConfig", "ValidationConfig",
+]  # fmt: skip
 
 # Engine arguments without which tokens, logprobs or weight updates would not be exact.
 _VLLM_OWNED = {
@@ -259,6 +263,12 @@ class CheckpointConfig(Section):
     """So many of the best stay, too."""
     best_metric: str = "val/reward"
     """A key of metrics.jsonl, the higher the better. Only checkpoints of steps that have it can be the best."""
+    mirror: str | None = None
+    """A folder or URL, such as s3://bucket/prefix, to which checkpoints are copied and from which they are taken."""
+    mirror_required: bool = False
+    """A checkpoint that cannot be copied ends the run; without it, that is told and the next one is tried."""
+    mirror_wait_s: NonNegativeFloat = 600
+    """How long the run's end waits for what is still being copied."""
 
 
 class LoggingConfig(Section):

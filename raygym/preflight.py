@@ -11,6 +11,7 @@ from raygym.config import ConfigError, RunConfig
 from raygym.deepspeed_options import unknown_option
 from raygym.engine_options import check_engine_options
 from raygym.env import EnvError, make_env
+from raygym.mirror_store import MirrorStore
 from raygym.models import ModelError, find_policy, resolve_policy
 from raygym.nemo_gym.config import NemoGymConfig, NemoGymError, NemoGymMissing
 from raygym.nemo_gym.play import prepare
@@ -94,6 +95,8 @@ def _check_all_but_policy(config: RunConfig, missing: list[str] | None = None) -
     check_engine_options(config.policy)
     if problem := unknown_option(config.learner.deepspeed):
         raise ConfigError(f"learner.{problem}")
+    if config.checkpoint.mirror is not None:
+        MirrorStore.open(config.checkpoint.mirror, config.name)
     for index, env in enumerate(config.envs):
         try:
             if env.nemo_gym is not None:

@@ -390,9 +390,9 @@ class TestEnd:
             await ToolEnv().step({"role": "assistant", "content": ""})
 
 
-async def test_the_environment_of_the_readme():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    [text] = re.findall(r"```python\n# my_shop\.py\n(.*?)```", readme, flags=re.DOTALL)
+async def test_the_environment_of_the_guide():
+    guide = (Path(__file__).parent.parent / "docs/guides/first-environment.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"```python\n# my_shop\.py\n(.*?)```", guide, flags=re.DOTALL)
     assert len(text.strip().splitlines()) <= 25
     module = types.ModuleType("my_shop")
     exec(text, vars(module))
