@@ -53,8 +53,7 @@ def viewer_app(run: RunFolder) -> Starlette:
 
     # A name that is asked for is looked up here and never becomes a path.
     routes = [
-        Route("/" if name == "index.html" else f"/{name}", _asset(name, text))
-        for name, text in _assets().items()
+        Route("/" if name == "index.html" else f"/{name}", _asset(name, text)) for name, text in _assets().items()
     ]
     questions = {
         "run": lambda request: run.overview(),
@@ -121,7 +120,7 @@ def _answer(question: Callable[[Request], Any]) -> Callable[[Request], Response]
             return _json({"error": str(error)}, 400)
         except _NotFound as error:
             return _json({"error": str(error)}, 404)
-        except (OSError, LookupError, ValueError, TypeError) as error:
+        except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
             return _json({"error": f"this part of the run cannot be read: {type(error).__name__}: {error}"}, 422)
 
     return answer

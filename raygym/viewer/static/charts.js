@@ -13,10 +13,10 @@ const shownStep = new EventTarget();
 /**
  * A chart.
  * @param {string} title
- * @param {{form?: "line" | "area" | "bar", format?: (value: number) => string, note?: string}} options
+ * @param {{form?: "line" | "area" | "bar", format?: (value: number) => string, note?: string, whole?: boolean}} options
  * @returns an element with `draw({steps, series})`; a series is {name, values, band?: values above and below}.
  */
-export function chart(title, { form = "line", format = number, note = "" } = {}) {
+export function chart(title, { form = "line", format = number, note = "", whole = false } = {}) {
   const legend = h("div", { class: "legend" });
   const plot = s("svg", { role: "img", tabindex: "0", height: HEIGHT });
   const tip = h("div", { class: "tip", hidden: true });
@@ -49,7 +49,7 @@ export function chart(title, { form = "line", format = number, note = "" } = {})
       return;
     }
     const stacked = form === "line" ? series.map(lineEdges) : stack(series, data.steps.length);
-    scale = scales(data.steps, stacked, width, form);
+    scale = scales(data.steps, stacked, width, form, whole);
     plot.replaceChildren(axes(scale, width, format), ...stacked.map((each, index) => marks(each, index, scale, form)), s("g", { class: "cursor" }));
     cursor();
   }
@@ -130,13 +130,13 @@ function stack(series, length) {
   });
 }
 
-function scales(steps, edges, width, form) {
+function scales(steps, edges, width, form, whole) {
   const all = edges.flatMap(({ low, high }) => [...low, ...high]).filter((value) => value !== null);
   let least = Math.min(...all);
   let most = Math.max(...all);
   if (form !== "line" || (least > 0 && least < most / 3)) least = 0;
   if (most === least) [least, most] = most === 0 ? [0, 1] : [Math.min(0, most), Math.max(0, most)];
-  const ticks = nice(least, most, 4);
+  const ticks = nice(least, most, whole ? Math.min(4, Math.max(1, most - least)) : 4);
   least = Math.min(least, ticks[0]);
   most = Math.max(most, ticks.at(-1));
   const inner = width - LEFT - RIGHT;
@@ -150,7 +150,7 @@ function scales(steps, edges, width, form) {
 
 function axes(scale, width, format) {
   const { steps } = scale;
-  const count = Math.max(2, Math.floor(width / 110));
+  const count = Math.max(2, Math.floor(width / 64));
   const wanted = nice(steps[0], steps.at(-1), count).filter((step) => Number.isInteger(step) && step >= steps[0] && step <= steps.at(-1));
   return s(
     "g",

@@ -10,6 +10,7 @@ export function number(value) {
   if (size >= 1e6) return `${trimmed(value / 1e6, 2)}M`;
   if (size >= 1e4) return `${trimmed(value / 1e3, 1)}k`;
   if (Number.isInteger(value)) return value.toLocaleString("en");
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
   if (size >= 100) return trimmed(value, 1);
   if (size >= 1) return trimmed(value, 2);
   if (size >= 0.001) return trimmed(value, 4);

@@ -7,7 +7,6 @@ import * as format from "./format.js";
 import { rolloutSummary } from "./rollout.js";
 
 const TIMES = ["generate", "learn", "validate_wait", "sync", "checkpoint"];
-const plain = (...names) => names.map((name) => ({ metric: name, name: name.split("/").at(-1).replaceAll("_", " ") }));
 
 // Each chart: which metrics, and how. `make` computes series from columns.
 const CHARTS = [
@@ -15,8 +14,8 @@ const CHARTS = [
   { title: "Validation reward", metrics: ["val/reward"], known: true, make: (c) => [{ name: "validation", values: c["val/reward"] }] },
   { title: "Time of a step", form: "area", format: format.seconds, metrics: TIMES.map((name) => `time/${name}_s`), make: (c) => TIMES.map((name) => ({ name: name.replace("_", " "), values: c[`time/${name}_s`] })) },
   { title: "Tokens per second", note: "over the whole step, and while learning", metrics: ["tokens/generated", "time/step_s", "learn/tokens_per_s"], make: throughput },
-  { title: "Failed episodes", note: "attempts by kind; tasks dropped", form: "bar", prefix: "episodes/failed/", metrics: ["groups/dropped", "episodes/completed"], make: failures },
-  { title: "Staleness", note: "versions between sampling and training", form: "bar", metrics: ["policy/staleness_max"], make: (c) => [{ name: "largest", values: c["policy/staleness_max"] }] },
+  { title: "Failed episodes", note: "attempts by kind; tasks dropped", form: "bar", whole: true, prefix: "episodes/failed/", metrics: ["groups/dropped", "episodes/completed"], make: failures },
+  { title: "Staleness", note: "versions between sampling and training", form: "bar", whole: true, metrics: ["policy/staleness_max"], make: (c) => [{ name: "largest", values: c["policy/staleness_max"] }] },
   { title: "Episode length", note: "turns", metrics: ["episodes/turns_mean"], make: (c) => [{ name: "turns", values: c["episodes/turns_mean"] }] },
   { title: "Engine and learner", note: "|difference of logprobs|, nats", metrics: ["policy/logprob_abs_diff"], make: (c) => [{ name: "difference", values: c["policy/logprob_abs_diff"] }] },
   { title: "Entropy", note: "nats a token", metrics: ["policy/entropy"], make: (c) => [{ name: "entropy", values: c["policy/entropy"] }] },
@@ -104,10 +103,10 @@ function newest({ series }) {
   return [
     tile("Reward", format.reward(last("reward/mean")), change("reward/mean")),
     tile("Validation", format.reward(last("val/reward")), change("val/reward")),
-    tile("Step", format.seconds(last("time/step_s")), "the newest"),
+    tile("Step", format.seconds(last("time/step_s")), "newest"),
     tile("Generated", Number.isFinite(speed) ? `${format.number(speed)}/s` : "–", "tokens"),
     tile("Failed attempts", format.number(failed), completed ? `${format.percent(failed / (failed + completed))} of all` : "", failed ? "warns" : ""),
-    tile("Staleness", format.number(last("policy/staleness_max")), "largest of the newest step"),
+    tile("Staleness", format.number(last("policy/staleness_max")), "newest step, largest"),
   ];
 }
 

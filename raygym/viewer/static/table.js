@@ -8,8 +8,8 @@ import { histogram } from "./histogram.js";
 const PAGE = 100;
 const KINDS = { step: "training", validation: "validation", alarm: "alarm", rollout: "rollout", dropped: "dropped task" };
 const COLUMNS = [
-  { title: "From", sort: "step", cell: (row) => (row.offset === -1 || row.status === "dropped" ? format.place({ ...row, kind: row.step === null ? "dropped" : "step" }) : h("a", { href: trajectoryLink(row), tabindex: "-1" }, format.place(row))) },
-  { title: "Environment", sort: "env", cell: (row) => row.env, kind: "text" },
+  { title: "From", sort: "step", cell: (row) => [from(row), h("span", { class: "under quiet" }, row.env)] },
+  { title: "Environment", sort: "env", cell: (row) => row.env, kind: "wide" },
   { title: "Group", sort: "group_id", cell: (row) => (row.status === "dropped" ? row.group_id : h("a", { href: groupLink(row), tabindex: "-1" }, row.group_id)), kind: "wide" },
   { title: "Episode", sort: "episode", cell: (row) => row.episode ?? "", kind: "wide number" },
   { title: "Outcome", sort: "status", cell: outcome },
@@ -18,9 +18,14 @@ const COLUMNS = [
   { title: "Tokens", sort: "tokens", cell: (row) => (row.tokens ? format.number(row.tokens) : ""), kind: "number" },
   { title: "Generated", sort: "generated", cell: (row) => (row.generated ? format.number(row.generated) : ""), kind: "wide number" },
   { title: "Version", sort: "version_min", cell: (row) => (row.status === "dropped" ? "" : format.range(row.version_min, row.version_max)), kind: "wide number" },
-  { title: "Generation", sort: "generate_s", cell: (row) => (row.status === "dropped" ? "" : format.seconds(row.generate_s)), kind: "wide number" },
-  { title: "Environment's", sort: "env_s", cell: (row) => (row.status === "dropped" ? "" : format.seconds(row.env_s)), kind: "wide number" },
+  { title: "Gen. time", sort: "generate_s", cell: (row) => (row.status === "dropped" ? "" : format.seconds(row.generate_s)), kind: "wide number" },
+  { title: "Env. time", sort: "env_s", cell: (row) => (row.status === "dropped" ? "" : format.seconds(row.env_s)), kind: "wide widest number" },
 ];
+
+function from(row) {
+  if (row.status === "dropped") return format.place({ ...row, kind: row.step === null ? "dropped" : "step" });
+  return h("a", { href: trajectoryLink(row), tabindex: "-1" }, format.place(row));
+}
 
 export const trajectoryLink = (row, more = {}) => link("trajectory", { file: row.file, number: row.number, ...more });
 export const groupLink = (row) => link("group", { file: row.file, group_id: row.group_id });
@@ -39,13 +44,15 @@ export async function table(params) {
   const count = h("p", { class: "count", role: "status" });
   const spread = h("div", { class: "spread" });
   const filters = h("form", { class: "filters", "aria-label": "Filters", onsubmit: (event) => event.preventDefault() });
+  const chosenFilters = h("span", { class: "quiet" });
+  const folded = h("details", { class: "panel folded", open: matchMedia("(min-width: 721px)").matches }, h("summary", null, "Filters ", chosenFilters), filters);
   const body = h("tbody");
   const head = h("tr");
   const pages = h("nav", { class: "pages", "aria-label": "Pages" });
   const element = h(
     "div",
     { class: "trajectories" },
-    filters,
+    folded,
     h("div", { class: "above" }, count, spread),
     h("div", { class: "scroll panel", role: "region", "aria-label": "Trajectories", tabindex: "0" }, h("table", { class: "rows" }, h("thead", null, head), body)),
     pages,
@@ -80,10 +87,12 @@ export async function table(params) {
 
   function show() {
     const { rows, total, of, offset } = answer;
+    const active = Object.keys(query).filter((name) => !["sort", "offset"].includes(name)).length;
+    chosenFilters.textContent = active ? `(${active} chosen)` : "";
     count.replaceChildren(
       h("b", null, format.number(total)),
       total === of ? " trajectories" : ` of ${format.number(of)} trajectories`,
-      answer.reward_mean === null ? "" : [", mean reward ", h("b", null, format.reward(answer.reward_mean))],
+      ...(answer.reward_mean === null ? [] : [", mean reward ", h("b", null, format.reward(answer.reward_mean))]),
     );
     spread.replaceChildren(histogram(answer.rewards, (low, high) => (fill(), change({ reward_min: low, reward_max: high }).then(fill))));
     body.replaceChildren(
@@ -121,9 +130,9 @@ export async function table(params) {
     const choices = (name, words = {}) => [["", "all"], ...answer.choices[name].map(({ value, count: many }) => [value, `${words[value] ?? value} (${format.number(many)})`])];
     const chosen = (name) => ({ target }) => change({ [name]: target.value });
     const range = (title, name, step = "any") =>
-      h("fieldset", { class: "field range" }, h("legend", null, title),
+      h("div", { class: "field", role: "group", "aria-label": title }, h("span", null, title), h("div", { class: "range" },
         h("input", { type: "number", step, name: `${name}_min`, placeholder: "from", "aria-label": `${title} from`, value: query[`${name}_min`] ?? "", oninput: chosen(`${name}_min`) }),
-        h("input", { type: "number", step, name: `${name}_max`, placeholder: "to", "aria-label": `${title} to`, value: query[`${name}_max`] ?? "", oninput: chosen(`${name}_max`) }));
+        h("input", { type: "number", step, name: `${name}_max`, placeholder: "to", "aria-label": `${title} to`, value: query[`${name}_max`] ?? "", oninput: chosen(`${name}_max`) })));
     filters.replaceChildren(
       select("From", "kind", query.kind ?? "", choices("kind", KINDS), chosen("kind")),
       select("Environment", "env", query.env ?? "", choices("env"), chosen("env")),
@@ -171,7 +180,10 @@ export async function table(params) {
       c: () => current() && current().status !== "dropped" && (location.hash = groupLink(current())),
       n: () => page(1),
       p: () => page(-1),
-      "/": () => filters.querySelector("select")?.focus(),
+      "/": () => {
+        folded.open = true;
+        filters.querySelector("select")?.focus();
+      },
     },
   };
 }

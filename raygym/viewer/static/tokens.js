@@ -35,8 +35,8 @@ export function tokenView(told) {
   }
 
   function showLegend() {
-    const swatch = (name, text) => h("span", null, h("i", { class: `swatch token ${name}` }), text);
-    const scale = (prefix, limits, words) => h("span", { class: "ramp" }, words[0], [...limits, 0].map((_, index) => h("i", { class: `swatch token ${prefix}${index}` })), words[1]);
+    const swatch = (name, text) => h("span", null, h("i", { class: `swatch tone ${name}` }), text);
+    const scale = (prefix, limits, words) => h("span", { class: "ramp" }, words[0], [...limits, 0].map((_, index) => h("i", { class: `swatch tone ${prefix}${index}` })), words[1]);
     const versions = [...new Set(parts.flatMap((part) => part.versions.filter((version) => version >= 0)))].sort((a, b) => a - b);
     const kinds = {
       logprob: [scale("p", LIMITS, ["likely", "unlikely"])],

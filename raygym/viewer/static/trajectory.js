@@ -103,9 +103,9 @@ function timeline(told, goto) {
     h("div", { class: "bar" }, told.turns.map((turn, number) => {
       const text = `turn ${number + 1}: ${format.seconds(turn.generate_s)} generation, ${format.seconds(turn.env_s)} environment, reward ${format.reward(turn.reward)}`;
       const spent = turn.generate_s + turn.env_s;
-      return h("button", { type: "button", title: text, "aria-label": text, vars: { "flex-grow": total ? spent / total : 1 }, onclick: () => goto(number) }, h("i", { class: "generate", vars: { "flex-grow": turn.generate_s || 1e-6 } }), h("i", { class: "env", vars: { "flex-grow": turn.env_s || 1e-6 } }), h("span", { class: turn.reward ? "earned" : "" }, turn.reward ? format.reward(turn.reward) : String(number + 1)));
+      return h("button", { type: "button", title: text, "aria-label": text, vars: { "flex-grow": total ? (1000 * spent) / total : 1 }, onclick: () => goto(number) }, h("i", { class: "generate", vars: { "flex-grow": 1000 * turn.generate_s || 1e-3 } }), h("i", { class: "env", vars: { "flex-grow": 1000 * turn.env_s || 1e-3 } }), h("span", { class: turn.reward ? "earned" : "" }, turn.reward ? format.reward(turn.reward) : String(number + 1)));
     })),
-    h("p", { class: "quiet" }, h("i", { class: "swatch generate" }), `generation ${format.seconds(generate)} `, h("i", { class: "swatch env" }), `environment ${format.seconds(total - generate)}`),
+    h("p", { class: "legend" }, h("span", null, h("i", { class: "swatch generate" }), `generation ${format.seconds(generate)}`), h("span", null, h("i", { class: "swatch env" }), `environment ${format.seconds(total - generate)}`)),
   );
 }
 
