@@ -101,7 +101,7 @@ class RunFolder:
             "folder": self.path.name,
             "kind": self.kind,
             "steps": config.get("steps") if self.kind == "run" else None,
-            "model": (config.get("policy") or {}).get("model"),
+            "model": self._model(),
             "config": config_text,
             "summary": _json_object(self._text("summary.json")),
             "request": _json_object(self._text("request.json")),
@@ -145,10 +145,8 @@ class RunFolder:
         for folder in sorted((self.path / "checkpoints").glob("step_*"), reverse=True):
             if (found := TokenText.of(folder)) is not None:
                 return found
-        root = self.path.parent if self.path.is_file() else self.path
-        policy = _mapping(self._text("config.yaml")).get("policy") if root == self.path else None
-        model = policy.get("model") if isinstance(policy, dict) else None
-        if not isinstance(model, str):
+        model = self._model()
+        if model is None:
             return None
         if Path(model).expanduser().is_dir():
             return TokenText.of(Path(model).expanduser())
@@ -160,6 +158,11 @@ class RunFolder:
         except ModelError:
             return None
         return TokenText.of(found_policy) if found_policy is not None else None
+
+    def _model(self) -> str | None:
+        policy = _mapping(self._text("config.yaml")).get("policy")
+        model = policy.get("model") if isinstance(policy, dict) else None
+        return model if isinstance(model, str) else None
 
     def _follow(self, look: Any) -> None:
         while True:
