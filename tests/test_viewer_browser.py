@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 
 import pytest
 from viewer_browser import ARGUMENTS, CHROMIUM, viewing
@@ -29,7 +30,14 @@ def browser():
 
 
 @pytest.fixture
-def open_page(browser):
+def serve():
+    """Serves a run until the test and its pages have ended."""
+    with ExitStack() as servers:
+        yield lambda path: servers.enter_context(viewing(path))
+
+
+@pytest.fixture
+def open_page(browser, serve):
     """Opens an address; what the console told of errors fails the test at its end."""
     told, contexts = [], []
 
@@ -146,7 +154,7 @@ def test_each_token_tells_what_is_known_of_it(simulated, open_page):
     difference = record["logprobs"][at] - record["learner_logprobs"][at]
     shown = float(card.locator("div", has_text="Engine \N{MINUS SIGN} learner").locator("dd").inner_text())
     assert shown == pytest.approx(difference, rel=0.01)
-    colour = "getComputedStyle(document.querySelector(`.token[data-index='%d']`)).backgroundColor" % at
+    colour = f"getComputedStyle(document.querySelector(`.token[data-index='{at}']`)).backgroundColor"
     seen = {page.evaluate(colour)}
     for button in ("Mask", "Version", "Engine \N{MINUS SIGN} learner"):
         page.get_by_role("button", name=button).click()
@@ -167,16 +175,16 @@ def test_each_token_tells_what_is_known_of_it(simulated, open_page):
     expect(card).to_contain_text(f"Place{at + 1}")
 
 
-def test_without_a_tokenizer_and_learner_that_is_said(tmp_path, open_page):
+def test_without_a_tokenizer_and_learner_that_is_said(tmp_path, serve, open_page):
     run = SimulatedRun(tmp_path / "run", steps=2, learner_logprobs=False)
     run.step(1)
     (run.path / "checkpoints/step_000001/tokenizer.json").unlink()
-    with viewing(run.path) as address:
-        page = open_page(f"{address}#/trajectory?file=trajectories/step_000001&number=0&view=tokens")
-        expect(page.locator(".notes")).to_contain_text("tokenizer is not on this machine")
-        expect(page.locator(".token-controls")).to_contain_text("not recorded")
-        expect(page.get_by_role("button", name="Engine \N{MINUS SIGN} learner")).to_be_disabled()
-        expect(page.locator(".tokens .token").first).to_have_text("0 ")
+    address = serve(run.path)
+    page = open_page(f"{address}#/trajectory?file=trajectories/step_000001&number=0&view=tokens")
+    expect(page.locator(".notes")).to_contain_text("tokenizer is not on this machine")
+    expect(page.locator(".token-controls")).to_contain_text("not recorded")
+    expect(page.get_by_role("button", name="Engine \N{MINUS SIGN} learner")).to_be_disabled()
+    expect(page.locator(".tokens .token").first).to_have_text("0 ")
 
 
 def test_a_groups_episodes_stand_side_by_side(simulated, open_page):
@@ -200,29 +208,29 @@ def test_a_groups_episodes_stand_side_by_side(simulated, open_page):
     expect(heads).to_have_count(4)
 
 
-def test_a_run_that_goes_on_is_followed(tmp_path, open_page):
+def test_a_run_that_goes_on_is_followed(tmp_path, serve, open_page):
     run = SimulatedRun(tmp_path / "run", steps=5)
-    with viewing(run.path) as address:
-        page = open_page(address)
-        expect(page.locator(".pill")).to_have_text("running")
-        run.step(1)
-        expect(page.locator(".progress-text")).to_have_text("step 1 of 5")
-        expect(page.get_by_role("img", name="Reward, steps 1 to 1")).to_be_visible()
-        page.keyboard.press("2")
-        expect(page.locator(".count b").first).to_have_text("12")
-        run.step(2)
-        expect(page.locator(".count b").first).to_have_text("24")
-        page.keyboard.press("f")
-        run.step(3)
-        expect(page.locator(".progress-text")).to_have_text("step 3 of 5")
-        expect(page.locator(".count b").first).to_have_text("24")
-        page.keyboard.press("f")
-        expect(page.locator(".count b").first).to_have_text("36")
-        run.finish()
-        expect(page.locator(".pill")).to_have_text("finished")
+    address = serve(run.path)
+    page = open_page(address)
+    expect(page.locator(".pill")).to_have_text("running")
+    run.step(1)
+    expect(page.locator(".progress-text")).to_have_text("step 1 of 5")
+    expect(page.get_by_role("img", name="Reward, steps 1 to 1")).to_be_visible()
+    page.keyboard.press("2")
+    expect(page.locator(".count b").first).to_have_text("12")
+    run.step(2)
+    expect(page.locator(".count b").first).to_have_text("24")
+    page.keyboard.press("f")
+    run.step(3)
+    expect(page.locator(".progress-text")).to_have_text("step 3 of 5")
+    expect(page.locator(".count b").first).to_have_text("24")
+    page.keyboard.press("f")
+    expect(page.locator(".count b").first).to_have_text("36")
+    run.finish()
+    expect(page.locator(".pill")).to_have_text("finished")
 
 
-def test_html_and_script_are_shown_as_text(tmp_path, open_page):
+def test_html_and_script_are_shown_as_text(tmp_path, serve, open_page):
     evil = (
         "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
         "</div></main><style>*{display:none}</style><svg onload=alert(1)><a href='javascript:alert(1)'>link</a>"
@@ -261,27 +269,26 @@ def test_html_and_script_are_shown_as_text(tmp_path, open_page):
     run.append("ledger.jsonl", {"step": 1, "task": 1, "env": evil, "group_id": evil, "trained": False, "cause": evil})
     run.event(evil, evil, evil)
     (run.path / "config.yaml").write_text(f"name: {json.dumps(evil)}\nsteps: 2\n", encoding="utf-8")
-    with viewing(run.path) as address:
-        page = open_page(address)
-        page.locator(".all-metrics summary").click()
-        expect(page.locator("figcaption", has_text="<script>").first).to_be_visible()
-        expect(page.locator(".events")).to_contain_text("<script>")
-        page.goto(f"{address}#/trajectories")
-        expect(page.locator("tbody tr")).to_have_count(3)
-        page.locator("tbody tr.opens a").first.click()
-        expect(page.locator(".message")).to_have_count(5)
-        # Five contents, in words; the call and its arguments in their own places.
-        assert page.locator(".message .words").filter(has_text=evil).count() == 6
-        expect(page.locator(".call code")).to_have_text(evil)
-        page.keyboard.press("t")
-        expect(page.locator(".tokens .token").first).to_be_visible()
-        page.keyboard.press("c")
-        expect(page.locator(".cell.head")).to_have_count(2)
-        assert "owned" not in page.evaluate("document.title").replace(evil, "")
-        made = page.evaluate(
-            "document.querySelectorAll('main script, main img, main style, main [onerror], main [onload], a[href^=javascript]').length"
-        )
-        assert made == 0
+    address = serve(run.path)
+    page = open_page(address)
+    page.locator(".all-metrics summary").click()
+    expect(page.locator("figcaption", has_text="<script>").first).to_be_visible()
+    expect(page.locator(".events")).to_contain_text("<script>")
+    page.goto(f"{address}#/trajectories")
+    expect(page.locator("tbody tr")).to_have_count(3)
+    page.locator("tbody tr.opens a").first.click()
+    expect(page.locator(".message")).to_have_count(5)
+    # Five contents, in words; the call and its arguments in their own places.
+    assert page.locator(".message .words").filter(has_text=evil).count() == 6
+    expect(page.locator(".call code")).to_have_text(evil)
+    page.keyboard.press("t")
+    expect(page.locator(".tokens .token").first).to_be_visible()
+    page.keyboard.press("c")
+    expect(page.locator(".cell.head")).to_have_count(2)
+    assert "owned" not in page.evaluate("document.title").replace(evil, "")
+    foreign = "main script, main img, main style, main [onerror], main [onload], a[href^=javascript]"
+    made = page.locator(foreign).count()
+    assert made == 0
 
 
 def test_markup_and_inline_script_are_refused_by_the_page_itself(simulated, browser):
@@ -291,9 +298,8 @@ def test_markup_and_inline_script_are_refused_by_the_page_itself(simulated, brow
         "() => { try { document.body.innerHTML = '<b>x</b>'; return false; } catch { return true; } }"
     )
     assert refused
-    page.evaluate(
-        "() => { const made = document.createElement('iframe'); made.src = 'https://example.com/'; document.body.append(made); }"
-    )
+    frame = "made = document.createElement('iframe'); made.src = 'https://example.com/'; document.body.append(made)"
+    page.evaluate(frame)
     assert all(frame.url in ("about:blank", "", "chrome-error://chromewebdata/") for frame in page.frames[1:])
     page.close()
 
@@ -304,6 +310,7 @@ def test_nothing_is_cut_off_and_all_can_use_it(simulated, open_page, width, them
     """No page is wider than the screen, and axe-core finds nothing serious."""
     address = simulated[1]
     page = open_page(address, width=width, height=800, theme=theme)
+    serious = []
     for view, ready in (
         ("#/overview", ".chart polyline"),
         ("#/trajectories?drifted=1", "tbody tr.opens"),
@@ -314,13 +321,10 @@ def test_nothing_is_cut_off_and_all_can_use_it(simulated, open_page, width, them
         page.goto(f"{address}{view}")
         page.locator(ready).first.wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
-        found = axe.Axe().run(page).response["violations"]
-        serious = [
-            (each["id"], [node["html"][:200] for node in each["nodes"][:3]])
-            for each in found
-            if each["impact"] in ("serious", "critical")
-        ]
-        assert not serious, view
+        for found in axe.Axe().run(page).response["violations"]:
+            if found["impact"] in ("serious", "critical"):
+                serious.append((view, found["id"], [node["html"][:200] for node in found["nodes"][:3]]))
+    assert serious == []
 
 
 def test_the_keys_are_told(simulated, open_page):
@@ -337,7 +341,7 @@ def test_the_keys_are_told(simulated, open_page):
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
 
 
-def test_a_rollout_opens(simulated, tmp_path, open_page):
+def test_a_rollout_opens(simulated, tmp_path, serve, open_page):
     run = simulated[0]
     (tmp_path / "request.json").write_text('{"tasks": 3, "samples": 4, "split": "validation"}', encoding="utf-8")
     source = run.path / "trajectories/step_000006.jsonl"
@@ -350,25 +354,25 @@ def test_a_rollout_opens(simulated, tmp_path, open_page):
         "envs": {"guess": {"episodes": 12, "reward": 0.5}},
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    with viewing(tmp_path) as address:
-        page = open_page(address)
-        expect(page.locator(".tile", has_text="pass@4")).to_contain_text("75 %")
-        page.get_by_role("link", name="Browse the trajectories").click()
-        expect(page.locator("tbody tr")).to_have_count(12)
-        page.locator("tbody tr a").first.click()
-        expect(page.locator(".message").first).to_be_visible()
+    address = serve(tmp_path)
+    page = open_page(address)
+    expect(page.locator(".tile", has_text="pass@4")).to_contain_text("75 %")
+    page.get_by_role("link", name="Browse the trajectories").click()
+    expect(page.locator("tbody tr")).to_have_count(12)
+    page.locator("tbody tr a").first.click()
+    expect(page.locator(".message").first).to_be_visible()
 
 
-def test_a_long_trajectory_comes_in_parts(tmp_path, open_page):
+def test_a_long_trajectory_comes_in_parts(tmp_path, serve, open_page):
     run = SimulatedRun(tmp_path / "run", steps=2)
     long = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two three four " * 3000}]
     run.append("trajectories/step_000001.jsonl", run.record(1, 0, 0, messages=long))
-    with viewing(run.path) as address:
-        page = open_page(f"{address}#/trajectory?file=trajectories/step_000001&number=0&view=tokens")
-        tokens = page.locator(".tokens .token")
-        expect(tokens).to_have_count(5000)
-        page.locator(".more").scroll_into_view_if_needed()
-        expect(tokens).to_have_count(10_000)
+    address = serve(run.path)
+    page = open_page(f"{address}#/trajectory?file=trajectories/step_000001&number=0&view=tokens")
+    tokens = page.locator(".tokens .token")
+    expect(tokens).to_have_count(5000)
+    page.locator(".more").scroll_into_view_if_needed()
+    expect(tokens).to_have_count(10_000)
 
 
 def write_large(path, of_bytes):
@@ -381,22 +385,28 @@ def write_large(path, of_bytes):
 
 
 def first_view_s(open_page, address):
-    """Seconds from the request to the first chart; a second page, since a browser's own start is no property of ours."""
+    """Seconds from the request to the first chart; of a second page, since a browser's own start is not ours."""
     open_page(address).locator(".chart polyline").first.wait_for()
     started = time.monotonic()
     open_page(address).locator(".chart polyline").first.wait_for()
     return time.monotonic() - started
 
 
-def test_a_file_of_a_gibibyte_opens_while_it_is_read(tmp_path, open_page):
+def test_a_file_of_a_gibibyte_opens_while_it_is_read(tmp_path, serve, open_page):
     run = write_large(tmp_path / "large", 2**30)
-    with viewing(run.path) as address:
-        page = open_page(f"{address}#/trajectories")
-        # The first rows are there before the file is read.
-        page.locator("tbody tr.opens").first.wait_for()
-        expect(page.locator(".reading")).to_contain_text("of 1 GiB")
-        page.locator("tbody tr.opens a").first.click()
-        expect(page.locator(".message").first).to_be_visible()
-        playwright.expect(page.locator(".reading")).to_be_hidden(timeout=110_000)
-        page.goto(f"{address}#/trajectories?sort=tokens&offset=100")
-        expect(page.locator("tbody tr")).to_have_count(100)
+    address = serve(run.path)
+    page = open_page(f"{address}#/trajectories")
+    # The first rows are there before the file is read.
+    page.locator("tbody tr.opens").first.wait_for()
+    expect(page.locator(".reading")).to_contain_text("of 1 GiB")
+    page.locator("tbody tr.opens a").first.click()
+    expect(page.locator(".message").first).to_be_visible()
+    playwright.expect(page.locator(".reading")).to_be_hidden(timeout=110_000)
+    page.goto(f"{address}#/trajectories?sort=tokens&offset=100")
+    expect(page.locator("tbody tr")).to_have_count(100)
+
+
+def test_the_first_view_of_a_run_of_100_mb_takes_less_than_a_second(tmp_path, serve, open_page):
+    run = write_large(tmp_path / "large", 100 * 10**6)
+    # The best of three: what else the machine does is no property of the page.
+    assert min(first_view_s(open_page, serve(run.path)) for _ in range(3)) < 1

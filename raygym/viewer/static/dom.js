@@ -27,7 +27,7 @@ export function select(label, name, value, choices, onchange) {
     option.selected = each === value;
     return option;
   });
-  return h("label", { class: "field" }, h("span", null, label), h("select", { name, onchange }, options));
+  return h("label", { class: "field" }, h("span", null, label), h("select", { name, "aria-label": label, onchange }, options));
 }
 
 /** Buttons of which one is pressed: `choices` are [value, text, disabled, title]. */
