@@ -42,6 +42,7 @@ def conversation(record: Record, tokens: TokenText | None) -> dict[str, Any]:
         "turn_of": turn_of(record["messages"], len(turns)),
         "segments": segments(turns, len(record["token_ids"])),
         "has_learner": record.get("learner_logprobs") is not None,
+        "asked_learner": "learner_logprobs" in record,
         "has_text": tokens is not None,
         "retokenized": None if tokens is None else _retokenized(record, tokens),
         "logprob_of_turn": [_mean_logprob(record, turn) for turn in turns],

@@ -77,7 +77,7 @@ function cell(episode, number, shown) {
   return h(
     "div",
     { class: "cell" },
-    h("p", { class: "turn-line" }, h("b", null, `Turn ${number + 1}`), turn.reward ? h("span", { class: `reward-chip ${turn.reward > 0 ? "good" : "bad"}` }, format.reward(turn.reward)) : "", h("span", { class: "quiet" }, `${turn.end - turn.start} tokens, ${format.seconds(turn.generate_s)}`), like !== episode ? h("span", { class: "badge" }, `writes as episode ${like.row.episode}`) : ""),
+    h("p", { class: "turn-line" }, h("b", null, `Turn ${number + 1}`), turn.reward ? h("span", { class: `reward-chip ${turn.reward > 0 ? "good" : "bad"}` }, format.reward(turn.reward)) : "", h("span", { class: "quiet" }, `${turn.end - turn.start} tokens, ${format.seconds(turn.generate_s)}`), like !== episode ? h("span", { class: "badge", title: `the policy wrote the same as in episode ${like.row.episode}` }, `= ${like.row.episode}`) : ""),
     messages.map(message),
   );
 }

@@ -29,8 +29,8 @@ export function tokenView(told) {
   function choose(next) {
     colour = next;
     flow.className = `tokens by-${colour}`;
-    controls.replaceChildren(segmented("Colour by", colour, COLOURS.map(([value, text]) => [value, text, value === "difference" && !told.has_learner, value === "difference" && !told.has_learner ? "This run has not recorded what the learner computed" : undefined]), choose),
-      told.has_learner ? "" : h("span", { class: "quiet" }, "learner's logprobs: not recorded"));
+    controls.replaceChildren(segmented("Colour by", colour, COLOURS.map(([value, text]) => [value, text, value === "difference" && !told.has_learner, value === "difference" && !told.has_learner ? notComputed(told) : undefined]), choose),
+      told.has_learner ? "" : h("span", { class: "quiet" }, notComputed(told)));
     showLegend();
   }
 
@@ -115,7 +115,7 @@ export function tokenView(told) {
         fact("ID", String(part.ids[of])),
         fact("Place", String(index)),
         fact("Engine", known && logprob !== null ? `${signed(logprob)}  (p ${format.number(Math.exp(logprob))})` : "none: not generated"),
-        fact("Learner", part.learner === null ? "not recorded" : other === null || other === undefined ? "not computed" : signed(other)),
+        fact("Learner", part.learner === null ? (told.asked_learner ? "not computed" : "not recorded") : other === null || other === undefined ? "not computed" : signed(other)),
         part.learner && other !== null && other !== undefined && logprob !== null ? fact("Engine − learner", (logprob - other).toExponential(2)) : "",
         known ? fact("Version", String(part.versions[of])) : "",
         fact("Trained", part.mask[of] ? "yes" : "no"),
@@ -162,6 +162,7 @@ export function tokenView(told) {
   };
 }
 
+const notComputed = (told) => (told.asked_learner ? "the learner computed nothing here: no token had an advantage" : "what the learner computed was not recorded");
 const firstGenerated = (told) => told.segments.find(({ kind }) => kind === "policy")?.start ?? 0;
 const signed = (value) => value.toFixed(4).replace("-", "−");
 const bin = (value, limits) => (value === null ? limits.length : limits.filter((limit) => value < limit).length);
