@@ -499,6 +499,11 @@ class TestCommand:
         assert main(["view", str(tmp_path / "nothing")]) == BAD_USAGE
         assert "is not there; give a run's folder" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("port", ["-1", "65536"])
+    def test_refuses_what_is_no_port(self, simulated, capsys, port):
+        assert main(["view", str(simulated.path), "--port", port]) == BAD_USAGE
+        assert f"--port: {port} is none" in capsys.readouterr().err
+
     def test_serves_on_the_loopback_interface_until_it_is_ended(self, simulated):
         command = [sys.executable, "-m", "raygym", "view", str(simulated.path), "--port", "0"]
         with subprocess.Popen(
@@ -506,7 +511,6 @@ class TestCommand:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         ) as process:
             try:
                 line = process.stdout.readline()

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from raygym.viewer.app import viewer_app
-from raygym.viewer.command import _listening
+from raygym.viewer.command import listening_socket
 from raygym.viewer.run_folder import RunFolder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,7 +24,7 @@ ARGUMENTS = ["--no-sandbox"]  # CI runs as root
 def viewing(path: Path) -> Iterator[str]:
     """Serve a run; gives the address."""
     server = uvicorn.Server(uvicorn.Config(viewer_app(RunFolder(path)), log_level="error", timeout_graceful_shutdown=1))
-    with _listening(0) as listening:
+    with listening_socket(0) as listening:
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         deadline = time.monotonic() + 30

@@ -6,7 +6,6 @@ import contextlib
 import signal
 import socket
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -20,14 +19,13 @@ HOST = "127.0.0.1"
 DEFAULT_PORT = 8642
 
 
-def view(path: Path, port: int | None, *, opens: bool, told: Callable[[str], None] = print) -> None:
+def view(path: Path, port: int | None, *, opens: bool) -> None:
     """Serve until interrupted.
 
     Args:
         path: of a run, a rollout, or one file of trajectories.
         port: on the loopback interface; 0 takes any free one, None the usual one or else any.
         opens: show it in the browser.
-        told: gets the line with the address.
 
     Raises:
         ConfigError: there is nothing to view, or the port is taken.
@@ -36,19 +34,24 @@ def view(path: Path, port: int | None, *, opens: bool, told: Callable[[str], Non
         run = RunFolder(path)
     except NotARun as error:
         raise ConfigError(str(error)) from error
-    with _listening(port) as listening:
-        address = f"http://{HOST}:{listening.getsockname()[1]}/"
-        server = uvicorn.Server(uvicorn.Config(viewer_app(run), log_level="warning", timeout_graceful_shutdown=2))
-        told(f"{path} is shown at {address}  (Ctrl-C ends it)")
+    with listening_socket(port) as bound:
+        address = f"http://{HOST}:{bound.getsockname()[1]}/"
+        server = uvicorn.Server(
+            uvicorn.Config(viewer_app(run), log_level="warning", server_header=False, timeout_graceful_shutdown=2)
+        )
+        print(f"{path} is shown at {address}  (Ctrl-C ends it)", flush=True)
         if opens:
             webbrowser.open(address)
         # uvicorn raises again what it was stopped by.
         signal.signal(signal.SIGTERM, _interrupt)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listening])
+            server.run(sockets=[bound])
 
 
-def _listening(port: int | None) -> socket.socket:
+def listening_socket(port: int | None) -> socket.socket:
+    """A socket of the loopback interface; see `view`."""
+    if port is not None and not 0 <= port < 2**16:
+        raise ConfigError(f"--port: {port} is none; expected 0 to 65535, or leave it out for any free one")
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
