@@ -193,6 +193,10 @@ class LearnerActor:
         """Logprobs of the trained tokens of this rank's share; see `PolicyUpdate.token_logprobs`. All ranks at once."""
         return self._update.token_logprobs(sequences)
 
+    def learned_logprobs(self) -> dict[int, Float32Array]:
+        """What this rank has computed of its share in the last update; see `PolicyUpdate.learned_logprobs`."""
+        return self._update.learned_logprobs()
+
     def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
         """The same under the starting policy; see `PolicyUpdate.reference_logprobs`. All ranks at once."""
         return self._update.reference_logprobs(sequences)

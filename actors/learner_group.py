@@ -94,6 +94,11 @@ class LearnerGroup:
         """For each sequence T logprobs under the current weights, 0 where its mask is False."""
         return self._logprobs("token_logprobs", sequences)
 
+    def learned_logprobs(self) -> dict[int, Float32Array]:
+        """What the last update computed anyway, by sequence; see `PolicyUpdate.learned_logprobs`."""
+        shares = self.call_all("learned_logprobs", timeout_s=self.config.update_timeout_s)
+        return {index: logprobs for share in shares for index, logprobs in share.items()}
+
     def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Float32Array]:
         """The same under the starting policy, which is there where `kl_coef` is above 0."""
         return self._logprobs("reference_logprobs", sequences)

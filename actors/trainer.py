@@ -22,7 +22,7 @@ from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics
 from raygym.mirror_upload import CheckpointMirror
 from raygym.resume import ResumePoint, checkpoint_store, require_shared, save_run_state
 from raygym.rollout_state import RolloutState
-from raygym.run_files import HeldRow, RunFiles
+from raygym.run_files import HeldRow, LearnedLogprobs, RunFiles
 from raygym.run_row import Row, scalars
 from raygym.schedule import Collected, SchedulerState
 from raygym.supervision import Kind
@@ -93,6 +93,7 @@ class Trainer:
                 self._more["advantage/histogram"] = advantage_histogram(sequences)
                 with self._timed("learn"):
                     self._metrics |= learn_metrics(session.learners.update(sequences))
+                    learned = self._learned_logprobs(sequences)
                 self._require_finite(step + 1, version, collected)
                 with self._timed("validate_wait"):  # it is played by the weights that go now
                     self._validation.wait()
@@ -103,7 +104,7 @@ class Trainer:
                 version = published.version
                 session.rollouts.set_version(version)
                 self._files.ledger(step + 1, collected)
-                self._files.rollouts(step + 1, collected)
+                self._files.rollouts(step + 1, collected, learned=learned)
                 self._metrics |= session.supervisor.take_metrics()
                 self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
             self._last = (self._log(step + 1), collected.state)
@@ -145,6 +146,12 @@ class Trainer:
         if self._config.learner.kl_in_reward:
             reference = self._session.learners.reference_logprobs(without_advantages(groups))
         return train_sequences(groups, self._config.learner, reference)
+
+    def _learned_logprobs(self, sequences: Sequence[TrainSequence]) -> list[LearnedLogprobs] | None:
+        if not (self._config.logging.trajectories and self._config.logging.learner_logprobs):
+            return None
+        found = self._session.learners.learned_logprobs()
+        return [(found.get(index), sequence.loss_mask) for index, sequence in enumerate(sequences)]
 
     def _require_finite(self, step: int, version: int, collected: Collected) -> None:
         try:

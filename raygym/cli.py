@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _rollout(options)
         if options.command == "train":
             return _train(options)
+        if options.command == "view":
+            importlib.import_module("raygym.viewer.command").view(options.path, options.port, opens=options.open)
+            return DONE
         config = load_config(options.config, options.overrides)
         if options.command == "config":
             return _check(config, options)
@@ -75,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--allow-config-change", action="store_true", help="go on also where the config has changed"
             )
     _add_rollout(commands)
+    text = "show a run, a rollout or a file of trajectories as a local web page"
+    viewer = commands.add_parser("view", help=text, description=text[0].upper() + text[1:] + ", until Ctrl-C.")
+    viewer.add_argument("path", type=Path, help="such as runs/demo")
+    viewer.add_argument("--port", type=int, metavar="N", help="on 127.0.0.1; 0: any free one (default: 8642, if free)")
+    viewer.add_argument("--open", action="store_true", help="open it in the browser")
+    viewer.epilog = "example: raygym view runs/demo --open"
     config = commands.add_parser("config", help="check a run config", description="Work with run configs.")
     check = config.add_subparsers(dest="config_command", required=True, metavar="COMMAND").add_parser(
         "check", help="validate a run config, print it with every default, and tell what the run needs"

@@ -276,6 +276,8 @@ class LoggingConfig(Section):
 
     tensorboard: bool = True
     trajectories: bool = True
+    learner_logprobs: bool = True
+    """Beside what the engine says of each trained token, what the learner computed: as wide as the engine's again."""
     disk_wait_s: NonNegativeFloat = 300
     """On a full disk, how long a line waits for room before the run ends. A checkpoint that finds none is left out."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from raygym.run_cut import cut_lines, discard_folder, move_into
 from raygym.run_row import Row, json_row, parsed_row, scalars
 from raygym.schedule import Collected
 from raygym.supervision import PartEvent
-from raygym.types import Trajectory
+from raygym.types import BoolArray, Float32Array, Trajectory
 from raygym.whole_file import write_whole
+
+LearnedLogprobs = tuple[Float32Array | None, BoolArray]
+"""Of one trajectory, T logprobs that the learner computed (None: it computed none), and which tokens it trained."""
 
 
 class HeldRow:
@@ -186,12 +190,15 @@ class RunFiles:
         self._held = HeldRow(lambda whole, waits: self.metrics(step, whole, waits=waits), row)
         return self._held
 
-    def rollouts(self, step: int, collected: Collected, kind: str = "step") -> None:
-        """Write the trajectories of one step or validation."""
+    def rollouts(
+        self, step: int, collected: Collected, kind: str = "step", learned: Sequence[LearnedLogprobs] | None = None
+    ) -> None:
+        """Write the trajectories of one step or validation. `learned`: of each, in order, what the learner computed."""
         if self._keep_trajectories:
             trajectories = [t for group in collected.groups for t in group.trajectories]
             name = f"trajectories/{kind}_{step:06d}.jsonl"
-            self._append(name, *(trajectory_record(t) for t in trajectories))
+            of_learner = [None] * len(trajectories) if learned is None else learned
+            self._append(name, *(trajectory_record(t, of) for t, of in zip(trajectories, of_learner, strict=True)))
 
     def ledger(self, step: int, collected: Collected) -> None:
         """Account for every task of a step that was trained: trained once, or dropped with its cause.
@@ -275,8 +282,25 @@ class RunFiles:
         self.disk.write(str(path), lambda: write_whole(path, text))
 
 
-def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
-    """One trajectory as JSON: everything needed to read it and to recompute its loss."""
+def trajectory_record(trajectory: Trajectory, learned: LearnedLogprobs | None = None) -> dict[str, Any]:
+    """One trajectory as JSON: everything needed to read it and to recompute its loss.
+
+    `learner_logprobs` is there where the learner's were asked for: null for what it has not computed.
+    """
+    record = _record(trajectory)
+    if learned is not None:
+        record["learner_logprobs"] = _learner_logprobs(*learned)
+    return record
+
+
+def _learner_logprobs(logprobs_T: Float32Array | None, trained_T: BoolArray) -> list[float | None] | None:
+    if logprobs_T is None:
+        return None
+    told = zip(logprobs_T.tolist(), trained_T.tolist(), strict=True)
+    return [round(logprob, 6) if trained and math.isfinite(logprob) else None for logprob, trained in told]
+
+
+def _record(trajectory: Trajectory) -> dict[str, Any]:
     return {
         "env": trajectory.task.env,
         "task": trajectory.task.index,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Protocol
@@ -96,6 +96,8 @@ class PolicyUpdate:
         self._total_updates = total_updates
         self.updates = 0
         """Optimizer updates that were made."""
+        # Of the last run: which sequences a micro-batch had, by their index in the step, and their logprobs.
+        self._learned: list[tuple[list[tuple[int, TrainSequence]], Tensor]] = []
 
     def run(self, sequences: Sequence[TrainSequence]) -> LearnStats:
         """Make `mini_batches` optimizer updates from one step's sequences, in group order.
@@ -128,6 +130,8 @@ class PolicyUpdate:
         """
         started = time.monotonic()
         statistics = UpdateStatistics(self._device)
+        self._learned = []
+        places = {id(sequence): index for index, sequence in enumerate(sequences)}
         divisors, lr, norms, before = 0.0, 0.0, [], self.updates
         parts = np.array_split(np.arange(len(sequences)), self._config.mini_batches)
         mini_batches = [[sequences[index] for index in part] for part in parts]
@@ -136,7 +140,7 @@ class PolicyUpdate:
         for number, (mini_batch, learned_from) in enumerate(zip(mini_batches, with_signal, strict=True)):
             divisor = loss_divisor(self._config, mini_batch)
             divisors += divisor
-            self._accumulate_gradients(learned_from, divisor, proximal[number], statistics, first=number == 0)
+            self._accumulate_gradients(learned_from, places, divisor, proximal[number], statistics, first=number == 0)
             if not self._finite_everywhere(statistics.loss):
                 break
             lr = self._lr(self.updates)
@@ -158,6 +162,20 @@ class PolicyUpdate:
         """
         return self._logprobs_of(sequences, self._engine.logprobs)
 
+    def learned_logprobs(self) -> dict[int, Float32Array]:
+        """Logprobs that trained tokens had when the last `run` learned from them: of its first mini-batch under the
+        weights that it began with, of later ones after the updates before.
+
+        Returns:
+            For each sequence of this rank's share that was computed: its index -> T logprobs, 0 where the mask is
+            False. They are told once.
+        """
+        found: dict[int, Float32Array] = {}
+        for share, logprobs_N in self._learned:
+            found |= _by_sequence(share, logprobs_N)
+        self._learned = []
+        return found
+
     def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> dict[int, Float32Array]:
         """The same under the starting policy, which is there where `kl_coef` is above 0."""
         reference = self._reference
@@ -168,14 +186,8 @@ class PolicyUpdate:
     def _logprobs_of(self, sequences: Sequence[TrainSequence], compute: ComputeLogprobs) -> dict[int, Float32Array]:
         found: dict[int, Float32Array] = {}
         for indices, most_trained in self._micro_batches(sequences):
-            share = [sequences[index] for index in indices]
-            logprobs_N = compute(self._packed(sequences, indices, most_trained))[0].cpu().numpy()
-            start = 0
-            for index, sequence in zip(indices, share, strict=True):
-                found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
-                count = int(sequence.loss_mask.sum())
-                found[index][sequence.loss_mask] = logprobs_N[start : start + count]
-                start += count
+            logprobs_N = compute(self._packed(sequences, indices, most_trained))[0]
+            found |= _by_sequence([(index, sequences[index]) for index in indices], logprobs_N)
         return found
 
     def _with_signal(self, mini_batch: list[TrainSequence]) -> list[TrainSequence]:
@@ -212,6 +224,7 @@ class PolicyUpdate:
     def _accumulate_gradients(
         self,
         mini_batch: list[TrainSequence],
+        places: Mapping[int, int],
         divisor: float,
         proximal: list[Tensor] | None,
         statistics: UpdateStatistics,
@@ -229,6 +242,8 @@ class PolicyUpdate:
             scaled = parts.loss * (self._world_size / max(1.0, divisor))
             self._engine.backward(scaled, last=number == len(micro_batches) - 1)
             statistics.add(batch, logprobs_N, entropies_N, parts, first=first)
+            learned = [mini_batch[index] for index in indices]
+            self._learned.append(([(places[id(sequence)], sequence) for sequence in learned], logprobs_N.detach()))
 
     def _objective(self, batch: MicroBatch, logprobs_N: Tensor, entropies_N: Tensor, proximal_N: Tensor) -> Objective:
         reference_N = None
@@ -246,3 +261,16 @@ class PolicyUpdate:
 
     def _lr(self, update: int) -> float:
         return learning_rate(self._config, update, self._total_updates)
+
+
+def _by_sequence(share: Sequence[tuple[int, TrainSequence]], logprobs_N: Tensor) -> dict[int, Float32Array]:
+    """A micro-batch's logprobs as those of its sequences, by index: T each, 0 where the mask is False."""
+    values_N = logprobs_N.float().cpu().numpy()
+    found: dict[int, Float32Array] = {}
+    start = 0
+    for index, sequence in share:
+        found[index] = np.zeros(len(sequence.token_ids), dtype=np.float32)
+        count = int(sequence.loss_mask.sum())
+        found[index][sequence.loss_mask] = values_N[start : start + count]
+        start += count
+    return found

@@ -163,11 +163,15 @@ def test_updates_equal_plain_pytorch(
     with learners(config(stage, ranks, budget), model_dir) as group:
         before = group.token_logprobs(sequences)
         group.update(sequences)
+        learned = group.learned_logprobs()
         stats = group.update(sequences)
         starting = group.reference_logprobs(sequences)
         weights = whole_weights(group, tmp_path / "policy")
         specs = group.call_all("weight_specs", timeout_s=60)
 
+    assert set(learned) == set(range(len(sequences)))
+    for index in range(len(sequences) // 2):  # of the first mini-batch
+        np.testing.assert_allclose(learned[index], before[index], atol=1e-5)
     start = load(model_dir)
     for sequence, logprobs in zip(sequences, before, strict=True):
         with torch.no_grad():

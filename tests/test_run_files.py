@@ -27,7 +27,7 @@ from raygym.model_flops import ModelFlops
 from raygym.open_group import GroupState
 from raygym.resume import ResumePoint, checkpoint_store
 from raygym.rollout_state import RolloutState
-from raygym.run_files import RunFiles
+from raygym.run_files import LearnedLogprobs, RunFiles
 from raygym.schedule import Collected, Dropped, SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
 from raygym.update import PolicyUpdate
@@ -216,3 +216,22 @@ def test_the_console_prints_one_row_a_step_that_fits(width: int) -> None:
 def test_sparkline() -> None:
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([0.3, 0.3]) == "▁▁"
+
+
+def test_what_the_learner_computed_is_beside_what_the_engine_did(config: RunConfig) -> None:
+    files, played = RunFiles(config), collected()
+    trajectories = [t for group in played.groups for t in group.trajectories]
+    learned: list[LearnedLogprobs] = [(None, t.loss_mask) for t in trajectories]
+    logprobs = np.full(len(trajectories[0].token_ids), -0.25, np.float32)
+    first = int(np.flatnonzero(trajectories[0].loss_mask)[0])
+    logprobs[first] = np.nan
+    learned[0] = (logprobs, trajectories[0].loss_mask)
+    files.rollouts(1, played, learned=learned)
+    files.rollouts(1, played, kind="validation")
+    records = [json.loads(line) for line in (files.path / "trajectories/step_000001.jsonl").read_text().splitlines()]
+    told = [-0.25 if trained else None for trained in trajectories[0].loss_mask]
+    told[first] = None
+    assert records[0]["learner_logprobs"] == told
+    assert records[1]["learner_logprobs"] is None
+    validation = (files.path / "trajectories/validation_000001.jsonl").read_text().splitlines()
+    assert "learner_logprobs" not in json.loads(validation[0])

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from rich.console import Console
 from test_run_files import collected
@@ -70,6 +71,9 @@ class Everything:
             raise RuntimeError("a learner is lost")
         self.begun[f"after {self.version}"].set()
         return defaultdict(float, {"tokens_trained": 1.0} | self.learned.get(self._updates, {}))
+
+    def learned_logprobs(self) -> dict[int, Any]:
+        return {0: np.full(len(collected().groups[0].trajectories[0].token_ids), -0.5, np.float32)}
 
     def check_alive(self) -> None:
         pass

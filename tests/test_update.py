@@ -99,6 +99,38 @@ METHODS = [
 ]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("packing", [ROWS, FOREST], ids=lambda packing: packing.name)
+def test_what_was_learned_from_is_told_by_sequence(
+    ranks: int, packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first of two mini-batches that is what the policy says before it learns."""
+    gang = Gang(ranks) if ranks > 1 else None
+    if gang is not None:
+        monkeypatch.setattr(raygym.update.dist, "all_reduce", gang.all_reduce)
+    engines = [PlainEngine(copy.deepcopy(POLICY).double(), TEMPERATURE, gang) for _ in range(ranks)]
+    if packing is FOREST:
+        for engine in engines:
+            engine.policy.set_attn_implementation(forest_attention.NAME)
+
+    def one(rank: int) -> list[dict[int, Any]]:
+        update = PolicyUpdate(config(60), engines[rank], TEMPERATURE, packing=packing, rank=rank, world_size=ranks)
+        before = update.token_logprobs(SEQUENCES)
+        update.run(SEQUENCES)
+        told = update.learned_logprobs()
+        assert update.learned_logprobs() == {}
+        return [before, told]
+
+    answers = [one(0)] if gang is None else gang.run(one)
+    before, told = ({i: t for answer in answers for i, t in answer[n].items()} for n in range(2))
+    assert set(told) == {index for index, sequence in enumerate(SEQUENCES) if sequence.has_signal}
+    first = {index for index in told if index < (len(SEQUENCES) + 1) // 2}
+    assert first and first != set(told)
+    for index in first:
+        np.testing.assert_allclose(told[index], before[index], atol=1e-5)
+    assert any(np.abs(told[index] - before[index]).max() > 1e-4 for index in set(told) - first)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(str(value) for value in method.values()))
 def test_micro_batches_packing_and_ranks_change_nothing(
     method: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,24 @@
+// Questions to the server. Each is a GET of this origin.
+
+/** Answers of `/api/<name>`; raises with the server's own words. */
+export async function ask(name, params = {}, signal = undefined) {
+  const given = Object.entries(params).filter(([, value]) => value !== "" && value !== null && value !== undefined);
+  const query = new URLSearchParams(given).toString();
+  const response = await fetch(`/api/${name}${query ? `?${query}` : ""}`, { signal });
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error ?? `the server answered ${response.status}`);
+  return answer;
+}
+
+/** A link within the page, such as `link("trajectory", {file, number})`. */
+export function link(view, params = {}) {
+  const given = Object.entries(params).filter(([, value]) => value !== "" && value !== null && value !== undefined);
+  const query = new URLSearchParams(given).toString();
+  return `#/${view}${query ? `?${query}` : ""}`;
+}
+
+/** What the address asks for. */
+export function asked() {
+  const [view, query] = location.hash.replace(/^#\/?/, "").split("?", 2);
+  return { view: view || "overview", params: Object.fromEntries(new URLSearchParams(query ?? "")) };
+}
