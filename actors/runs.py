@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 
-from raygym.actors.cluster import http_port, kept_logs
+from raygym.actor_logs import gather_logs
+from raygym.actors.cluster import http_port, kept_logs, session_logs
 from raygym.actors.learner_recovery import train_through_losses
 from raygym.actors.ray_errors import cause as cause
 from raygym.actors.serving import front_options, with_engine_defaults
@@ -16,6 +17,8 @@ from raygym.actors.supervisor import Supervisor
 from raygym.config import ConfigError, RunConfig
 from raygym.console import RunConsole
 from raygym.deepspeed_options import unloadable_state
+from raygym.driver_log import driver_log
+from raygym.live_console import Verbosity
 from raygym.metrics import validation_metrics
 from raygym.resume import FinishedError, ResumePoint, only_writer, resume_point
 from raygym.run_files import RunFiles
@@ -24,7 +27,14 @@ from raygym.tasks import validation_tasks
 __all__ = ["cause", "evaluate", "kept_logs", "prepared", "serve", "train"]
 
 
-def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_config_change: bool = False) -> None:
+def train(
+    config: RunConfig,
+    model_dir: str,
+    *,
+    fresh: bool = False,
+    allow_config_change: bool = False,
+    verbosity: Verbosity = Verbosity.NORMAL,
+) -> None:
     """Train a policy; leaves `runs/<name>/`, or goes on in it.
 
     Args:
@@ -32,12 +42,13 @@ def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_confi
         model_dir: the policy's files.
         fresh: an earlier run of this name is moved aside, also where it could go on.
         allow_config_change: it goes on also where the config has changed.
+        verbosity: how much is told of it.
 
     Raises:
         ConfigError: the run cannot begin, or not go on, as it is configured.
     """
     config, port = prepared(config, model_dir)
-    console = RunConsole(config.steps)
+    console = RunConsole(config.steps, verbosity=verbosity)
     with only_writer(config.run_dir):
         try:
             found = None if fresh else resume_point(config, allow_change=allow_config_change, told=console.line)
@@ -54,7 +65,8 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
             raise ConfigError(unloadable)
         console.line(f"warning: {unloadable}")
     files = RunFiles(config, resumed, console.line)
-    console.line(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
+    logs = files.path / "logs"
+    console.note(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
     if files.moved_to is not None:
         console.line(f"an earlier run of this name is not gone on with and was moved to {files.moved_to}")
     if resumed is not None and resumed.checkpoint is not None:
@@ -64,18 +76,24 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
     supervisor = Supervisor(config.supervision, files.event, console.line)
     rollouts = resumed.rollouts if resumed else None
     session = Session(config, model_dir, port, resumed=rollouts, supervisor=supervisor)
-    try:
-        with console.phase("starting engines, learners and environments"):
-            session.__enter__()
-        ready_s = time.monotonic() - started
-        console.line(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
-        summary = train_through_losses(config, session, files, console, resumed)
-    finally:
+    with driver_log(logs / "driver.log", console), console.live(config.name):
         try:
-            with console.phase("stopping"):
-                session.__exit__(*sys.exc_info())
+            with console.phase("starting engines, learners and environments"):
+                session.__enter__()
+            ready_s = time.monotonic() - started
+            console.note(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
+            console.detail(
+                f"logs: {logs / 'driver.log'}; of the actors, until the run ends: {session_logs() or 'see Ray'}"
+            )
+            summary = train_through_losses(config, session, files, console, resumed)
         finally:
-            files.close()
+            try:
+                if (actors_logs := session_logs()) is not None:
+                    gather_logs(actors_logs, logs / "actors")
+                with console.phase("stopping"):
+                    session.__exit__(*sys.exc_info())
+            finally:
+                files.close()
     summary["ready_s"] = round(ready_s, 1)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.summary(summary)
