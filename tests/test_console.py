@@ -82,8 +82,8 @@ def test_rows_and_view_fit_a_terminal(width: int) -> None:
     console = console_of(width, terminal=True)
     run, _ = stepped(console, steps=1000)
     rows = console.export_text().splitlines()
-    assert max(map(len, rows)) <= max(width, 29), "step, reward and failed are always there"
-    assert all("0.300" in rows[-1] and rows[-1].endswith("4") for _ in rows)
+    assert max(map(len, rows)) <= width
+    assert len(rows) == 4 and "0.300" in rows[-1]
     run.validation(0, {"val/reward": 0.1, "val/failed": 0, "time/validate_s": 2.0})
     with run.doing("step 4"):
         run.progress("collecting: 2 of 4 groups whole, 16 episodes running " * 3)
@@ -104,7 +104,7 @@ def test_the_view_tells_what_a_row_has_no_room_for() -> None:
     assert text[2].endswith("3 of 8 steps eta 13s"), "5 steps of 4 s, of which 7 s are over"
     assert text[3] == "reward ▁▅█ 0.300 ± 0.25 validation 0.125 → 0.250 (step 3)"
     assert text[4].endswith("█ generate 50% ▓ learn 25% ▒ sync 12% other 12%")
-    assert text[4].count("█") == 2 * text[4].count("▓") - 1, "of the bar, without the legend"
+    assert [text[4].count(glyph) for glyph in "█▓▒"] == [1 + 15, 1 + 7, 1 + 4], "in the legend and in a bar of 30"
     assert text[5] == "speed 4 tok/s generated 8 learned 4.0 s a step 1.0 episodes/s"
     assert text[6] == "weights version 3 staleness 1 logp Δ to the engine 1e-06"
     assert text[7] == "failed 12 attempts: env_error 9, engine_lost 3"
@@ -216,7 +216,7 @@ def test_a_rollouts_lines_in_a_file_become_rarer() -> None:
     for _ in range(3600):
         clock.now_s += 1
         rollout.progress(1, 1, 1, 1, {})
-    assert 30 < len(console.export_text().splitlines()) < 80
+    assert 50 < len(console.export_text().splitlines()) < 100
 
 
 def test_the_driver_log_has_what_is_logged_and_warned(tmp_path: Path) -> None:
