@@ -6,11 +6,14 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from raygym.actor_logs import gather_logs
 from raygym.actors.cluster import http_port, kept_logs, session_logs
 from raygym.actors.learner_recovery import train_through_losses
 from raygym.actors.ray_errors import cause as cause
+from raygym.actors.ray_metrics import RayMetrics
 from raygym.actors.serving import front_options, with_engine_defaults
 from raygym.actors.session import Session
 from raygym.actors.supervisor import Supervisor
@@ -23,6 +26,8 @@ from raygym.metrics import validation_metrics
 from raygym.resume import FinishedError, ResumePoint, only_writer, resume_point
 from raygym.run_files import RunFiles
 from raygym.tasks import validation_tasks
+from raygym.tracking.tracker import Outcome
+from raygym.tracking.tracking import Tracking
 
 __all__ = ["cause", "evaluate", "kept_logs", "prepared", "serve", "train"]
 
@@ -76,7 +81,7 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
     supervisor = Supervisor(config.supervision, files.event, console.line)
     rollouts = resumed.rollouts if resumed else None
     session = Session(config, model_dir, port, resumed=rollouts, supervisor=supervisor)
-    with driver_log(logs / "driver.log", console), console.live(config.name):
+    with driver_log(logs / "driver.log", console), console.live(config.name), _tracked(config, files, console):
         try:
             with console.phase("starting engines, learners and environments"):
                 session.__enter__()
@@ -101,6 +106,25 @@ def _train(config: RunConfig, model_dir: str, port: int, console: RunConsole, re
     if rewards:
         console.line(f"validation reward {rewards[0]:.3f} -> {rewards[-1]:.3f} after {config.steps} steps")
     console.line(f"done in {summary['seconds']:.0f} s; see {files.path}")
+
+
+@contextmanager
+def _tracked(config: RunConfig, files: RunFiles, console: RunConsole) -> Iterator[None]:
+    """Inside it, the run's trackers get its rows; after it, they know how it ended."""
+    beside = [RayMetrics(config.name).log] if config.logging.ray_metrics else []
+    tracking = Tracking(config, console.line, beside)
+    tracking.catch_up(files.rows)
+    files.follow(tracking.log)
+    outcome = Outcome.FAILED
+    try:
+        yield
+        outcome = Outcome.FINISHED
+    except KeyboardInterrupt:
+        outcome = Outcome.INTERRUPTED
+        raise
+    finally:
+        with console.live("sending the last metrics"):
+            tracking.close(outcome)
 
 
 def evaluate(config: RunConfig, model_dir: str) -> None:

@@ -18,6 +18,7 @@ from raygym.config_section import (
 )
 from raygym.in_flight import OnUpdate
 from raygym.learner_config import LearnerConfig
+from raygym.logging_config import LoggingConfig
 from raygym.nemo_gym.config import ENV_ID as NEMO_GYM
 from raygym.nemo_gym.config import NemoGymConfig
 from raygym.supervision_config import SupervisionConfig
@@ -259,15 +260,6 @@ class CheckpointConfig(Section):
     """So many of the best stay, too."""
     best_metric: str = "val/reward"
     """A key of metrics.jsonl, the higher the better. Only checkpoints of steps that have it can be the best."""
-
-
-class LoggingConfig(Section):
-    """What is written beside metrics.jsonl."""
-
-    tensorboard: bool = True
-    trajectories: bool = True
-    disk_wait_s: NonNegativeFloat = 300
-    """On a full disk, how long a line waits for room before the run ends. A checkpoint that finds none is left out."""
 
 
 class RunConfig(Section):
