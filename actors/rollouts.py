@@ -161,7 +161,7 @@ class Rollouts:
         """End the manager and all runners."""
         self._manager.close()
         if self._tracing is not None:
-            flushed = [runner.flush_spans.remote() for runner in self._runners]
+            flushed: list[Any] = [runner.flush_spans.remote() for runner in self._runners]
             ray.wait(flushed, num_returns=len(flushed), timeout=_FLUSH_TIMEOUT_S)  # one that is dead has none
         for runner in self._runners:
             try:

@@ -144,10 +144,7 @@ def _panel(panel: _Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
         **({"description": panel.help} if panel.help else {}),
         "datasource": _SOURCE,
         "gridPos": place,
-        "fieldConfig": {
-            "defaults": {"unit": panel.unit, **({} if panel.stat else {"custom": custom})},
-            "overrides": [],
-        },
+        "fieldConfig": {"defaults": {"unit": panel.unit, "custom": {} if panel.stat else custom}, "overrides": []},
         "options": _STAT if panel.stat else _LINES,
         "targets": [
             {"refId": chr(ord("A") + index), "datasource": _SOURCE, "expr": expression, "legendFormat": legend}

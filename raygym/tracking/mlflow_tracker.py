@@ -37,9 +37,7 @@ class MlflowTracker:
         try:
             mlflow: Any = importlib.import_module("mlflow")
         except ImportError as error:
-            raise ImportError(
-                "mlflow is not installed; pip install 'raygym[mlflow]', or leave out logging.mlflow"
-            ) from error
+            raise ImportError("mlflow is not installed; pip install 'raygym[mlflow]'") from error
         self._entities = mlflow.entities
         uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _database(run.path.parent)
         self._client = mlflow.MlflowClient(tracking_uri=uri)
@@ -50,10 +48,8 @@ class MlflowTracker:
         experiment = self._client.get_experiment_by_name(config.experiment)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(config.experiment)
         self.id = self._client.create_run(experiment_id, run_name=run.name).info.run_id
-        params = [
-            self._entities.Param(_safe(key), str(value)[:_LONGEST_PARAM])
-            for key, value in flat(dict(run.config)).items()
-        ]
+        values = flat(dict(run.config))
+        params = [self._entities.Param(_safe(key), str(value)[:_LONGEST_PARAM]) for key, value in values.items()]
         for start in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self.id, params=params[start : start + _MOST_PARAMS])
 

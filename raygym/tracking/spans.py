@@ -1,7 +1,7 @@
 """A span for each episode with its turns below it, as OpenTelemetry has them.
 
-An episode is played by the same code as without: its environment and its policy are wrapped. Nothing of OpenTelemetry is
-imported where no tracer is given.
+An episode is played by the same code as without: its environment and its policy are wrapped. Where no tracer is given,
+nothing of OpenTelemetry is imported.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class _Spans(EpisodeTrace):
         """A span below the turn, or below the episode where there is none. What is raised inside is its status."""
         parent = self._turn if self._turn is not None else self._episode
         span = self._tracer.start_span(name, context=self._api.set_span_in_context(parent), attributes=attributes)
-        # Not as the current span: what runs at the same time in this event loop is not below it.
+        # As the current one, so that spans of a user's own client or environment come below it.
         with self._api.use_span(span, end_on_exit=True):
             yield span
 
@@ -143,14 +143,13 @@ class _SpannedHost:
     def __init__(self, host: Host, spans: _Spans) -> None:
         self._host = host
         self._spans = spans
-
-    @property
-    def tools(self) -> list[dict[str, Any]]:
-        return self._host.tools
+        self.tools = host.tools
 
     async def reset(self, task: Task, timeout_s: float) -> list[Message]:
         with self._spans.below("reset"):
-            return await self._host.reset(task, timeout_s)
+            messages = await self._host.reset(task, timeout_s)
+        self.tools = self._host.tools
+        return messages
 
     async def step(self, action: Message, timeout_s: float) -> StepResult:
         with self._spans.below("step") as span:

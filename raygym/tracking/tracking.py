@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,16 @@ class Tracking:
         self._known = _KnownRuns(config.run_dir / _FILE)
         plain = config.model_dump(mode="json")
         self._trackers: dict[str, BackgroundTracker] = {}
-        for name, title, section, make in (
-            ("wandb", "W&B", config.logging.wandb, WandbTracker),
-            ("mlflow", "MLflow", config.logging.mlflow, MlflowTracker),
-        ):
-            if section is not None:
-                run = TrackedRun(config.name, config.run_dir, plain, self._known.id_of(name))
-                connect: Callable[[], Tracker] = partial(make, section, run)
-                self._trackers[name] = BackgroundTracker(title, connect, told, partial(self._known.note, name))
+
+        def start(name: str, title: str, make: Callable[[TrackedRun], Tracker]) -> None:
+            run = TrackedRun(config.name, config.run_dir, plain, self._known.id_of(name))
+            logged = partial(self._known.note, name)
+            self._trackers[name] = BackgroundTracker(title, partial(make, run), told, logged)
+
+        if config.logging.wandb is not None:
+            start("wandb", "W&B", partial(WandbTracker, config.logging.wandb))
+        if config.logging.mlflow is not None:
+            start("mlflow", "MLflow", partial(MlflowTracker, config.logging.mlflow))
         self._had = {name: self._known.step_of(name) for name in self._trackers}
 
     def catch_up(self, rows: Iterable[tuple[int, Row]]) -> None:
@@ -108,7 +111,5 @@ class _KnownRuns:
     def note(self, name: str, run_id: str, step: int) -> None:
         with self._lock:
             self._runs[name] = {"id": run_id, "step": step}
-            try:
+            with suppress(OSError):  # a full disk: a resume sends some steps again
                 write_whole(self._path, json.dumps(self._runs, indent=2) + "\n")
-            except OSError:
-                pass  # a full disk: a resume sends some steps again

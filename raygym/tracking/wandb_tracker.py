@@ -33,9 +33,7 @@ class WandbTracker:
         try:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
-            raise ImportError(
-                "wandb is not installed; pip install 'raygym[wandb]', or leave out logging.wandb"
-            ) from error
+            raise ImportError("wandb is not installed; pip install 'raygym[wandb]'") from error
         mode = os.environ.get("WANDB_MODE", "online") if config.mode == "auto" else config.mode
         # Never let it ask on the terminal for what nobody sees.
         if mode == "online" and not wandb.login(prompt=False):
