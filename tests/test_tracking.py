@@ -22,7 +22,7 @@ from raygym.config import RunConfig
 from raygym.config_change import changes
 from raygym.config_file import parse_config
 from raygym.histogram import Histogram
-from raygym.resume import ResumePoint
+from raygym.resume import ResumePoint, checkpoint_store
 from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
 from raygym.run_row import Row
@@ -93,6 +93,7 @@ def approximately(numbers: Numbers) -> Mapping[tuple[str, int], Any]:
     return {key: pytest.approx(value, rel=1e-6) for key, value in numbers.items()}
 
 
+@pytest.mark.slow  # MLflow makes its database by a hundred migrations
 def test_all_hold_the_numbers_of_metrics_jsonl_also_after_a_kill_and_a_resume(tmp_path: Path) -> None:
     config = config_of(tmp_path, wandb={"mode": "offline", "tags": ["x"]}, mlflow={})
     told: list[str] = []
@@ -108,7 +109,9 @@ def test_all_hold_the_numbers_of_metrics_jsonl_also_after_a_kill_and_a_resume(tm
     before = json.loads((tmp_path / "t/tracking.json").read_text())
     assert [before[name]["step"] for name in ("wandb", "mlflow")] == [2, 2]
 
-    checkpoint = Checkpoint(tmp_path / "t/checkpoints/step_000003", 3, config.model_dump(mode="json"))
+    with checkpoint_store(config).writing(3, {}):
+        pass
+    checkpoint = Checkpoint(checkpoint_store(config).path_of(3), 3, {})
     resumed = ResumePoint(checkpoint, RolloutState(), row(3), validated=False)
     files = RunFiles(config, resumed)
     tracking = Tracking(config, told.append)
