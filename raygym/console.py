@@ -152,7 +152,7 @@ class RunConsole(LiveConsole):
 
     def _lines(self, width: int) -> list[Text]:
         lines = [self._rule(width), self._headline()]
-        if self._steps and self._made < self._steps:
+        if self._rewards or self._validations or self._resumed_at:
             lines.append(self._progress_line(width))
         if self._rewards or self._validations:
             lines.append(self._reward_line(width))
@@ -168,7 +168,7 @@ class RunConsole(LiveConsole):
 
     def _progress_line(self, width: int) -> Text:
         room = max(8, min(40, width - 44))
-        share = self._made / self._steps
+        share = self._made / max(1, self._steps)
         filled = round(share * room)
         bar = Text().append("━" * filled, style="green")
         bar.append("─" * (room - filled), style="dim")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -57,7 +58,9 @@ def main() -> None:
     )
     replay(options.run, options.step, console)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(options.picture), title=f"raygym train {options.run.name}.yaml")
+    picture = console.export_svg(title=f"raygym train {options.run.name}.yaml")
+    # rich's font comes from somebody's server; whoever looks has one of fixed width.
+    options.picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":
