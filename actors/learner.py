@@ -25,6 +25,7 @@ from raygym.bound_store import Rendezvous, bound_store, listen
 from raygym.build_locks import remove_stale_locks
 from raygym.config import LearnerConfig
 from raygym.deepspeed_options import offload_device, whole_config
+from raygym.extension_folder import use_own_folder
 from raygym.full_disk import is_full
 from raygym.gradient_checkpointing import enable_gradient_checkpointing
 from raygym.learner_state import Gang, TrainState, load_learner_state, save_learner_state
@@ -99,7 +100,7 @@ class LearnerActor:
         # Imported here: it takes seconds, the driver needs only this class, and it picks its accelerator on import.
         # DeepSpeed looks for ninja on the PATH; last, since another version of ninja would compile everything again.
         os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
-        remove_stale_locks()
+        remove_stale_locks(use_own_folder())
         import deepspeed
 
         self._deepspeed = deepspeed

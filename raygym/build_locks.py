@@ -19,19 +19,19 @@ _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2
 _SURELY_OVER_S = 3600.0
 
 
-def remove_stale_locks(folder: Path | None = None) -> list[Path]:
+def remove_stale_locks(folder: Path) -> list[Path]:
     """Remove what no compile holds; call it before an extension is loaded.
 
     Whoever compiles keeps the file open, so one that no process of this machine has open is stale. On a file system
     that other machines may write to, it must also be an hour old.
 
     Args:
-        folder: where torch keeps its extensions; by default what torch itself takes.
+        folder: where torch keeps its extensions.
 
     Returns:
         The files that were removed.
     """
-    locks = {lock: status for lock in (folder or _extensions()).glob("**/lock") if (status := _status(lock))}
+    locks = {lock: status for lock in folder.glob("**/lock") if (status := _status(lock))}
     if not locks:
         return []
     held = _open_files()
@@ -46,11 +46,6 @@ def remove_stale_locks(folder: Path | None = None) -> list[Path]:
             logger.warning("removed %s: a compile that was killed had left it, and loading would wait for it", lock)
             removed.append(lock)
     return removed
-
-
-def _extensions() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -8,10 +8,11 @@ cause, and the next task of the order takes its place.
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from raygym.attempt_queue import Assignment, AttemptQueue
 from raygym.failure_budget import RolloutStopped, failure_of
 from raygym.open_group import Dropped, Events, GroupState, OpenGroup, SchedulerState
 from raygym.owed_groups import OwedGroups
@@ -21,16 +22,6 @@ from raygym.tasks import TaskCursor
 from raygym.types import EpisodeFailure, Group, Task, Trajectory
 
 __all__ = ["Assignment", "Collected", "Dropped", "RolloutStopped", "Scheduler", "SchedulerOptions", "SchedulerState"]
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """One attempt at one episode, ready to run."""
-
-    group_id: str
-    task: Task
-    episode: int
-    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +92,9 @@ class Scheduler:
         self._unfinished: Counter[int] = Counter()
         # With a group deadline, training groups in the order of their start; those that are done fall out in front.
         self._by_start: deque[OpenGroup] = deque()
-        # Of each group in play: its attempts that wait or run.
-        self._attempts: dict[str, dict[Assignment, None]] = {}
         self._validation: dict[str, OpenGroup] = {}
-        self._waiting: OrderedDict[Assignment, None] = OrderedDict()
-        self._waiting_validation: OrderedDict[Assignment, None] = OrderedDict()
-        # In the order of their start.
-        self._running: dict[Assignment, None] = {}
-        self._running_validation = 0
-        self._validation_began_last = False
+        self._attempts = AttemptQueue()
         self._validation_ends_s = math.inf
-        # In order, each once.
-        self._obsolete: dict[Assignment, None] = {}
         self._events = {"train": Events(), "validation": Events()}
         # By split: what one of them completes says nothing of the other.
         self._replaced_in_a_row = {"train": state.replaced_in_a_row, "validation": 0}
@@ -130,7 +112,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Episodes in flight."""
-        return len(self._running)
+        return self._attempts.running
 
     def describe(self) -> str:
         """What is going on, in one line for a person."""
@@ -179,14 +161,15 @@ class Scheduler:
             group = OpenGroup(f"validation-{self._version}-{task.index}", task, 1, self._version)
             self._validation[group.group_id] = group
         for group in self._validation.values():
-            self._wait(self._first(group, 0))
+            self._attempts.wait(self._first(group, 0))
 
     def start(self) -> list[Assignment]:
         """Episodes to start now; they count as running until `finish` is called with each."""
         self._admit()
         started = []
-        while len(self._running) < self.max_concurrent + self.ahead and (assignment := self._next()) is not None:
-            self._running[assignment] = None
+        while self.running < self.max_concurrent + self.ahead:
+            if (assignment := self._attempts.start(self.max_concurrent)) is None:
+                break
             group = self._open_group(assignment.group_id)
             assert group is not None
             if group.started_s is None:
@@ -202,13 +185,11 @@ class Scheduler:
         Raises:
             RolloutStopped: its environment is hopeless, or this was one replaced group too many.
         """
-        if assignment in self._running:
-            del self._running[assignment]
-            self._running_validation -= assignment.task.split == "validation"
+        self._attempts.end(assignment)
         group = self._open_group(assignment.group_id)
         if group is None or group.whole():
             return
-        self._attempts.get(group.group_id, {}).pop(assignment, None)
+        self._attempts.over(assignment)
         env = assignment.task.env
         kind, detail = failure_of(outcome)
         if isinstance(outcome, Trajectory) and not kind:
@@ -222,7 +203,7 @@ class Scheduler:
         self._budget.check_hope(assignment.task, kind, detail)
         if self._budget.may_retry(kind, assignment.attempt - self.first_attempt):
             retry = Assignment(assignment.group_id, assignment.task, assignment.episode, assignment.attempt + 1)
-            self._wait(retry, first=True)
+            self._attempts.wait(retry, first=True)
         elif group.spare:
             group.spare -= 1
         else:
@@ -249,8 +230,7 @@ class Scheduler:
 
     def obsolete(self) -> list[Assignment]:
         """Running attempts whose outcome no longer matters, each told once: cancel them."""
-        told, self._obsolete = self._obsolete, {}
-        return [assignment for assignment in told if assignment in self._running]
+        return self._attempts.obsolete()
 
     def collect_step(self, step: int) -> Collected | None:
         """The whole groups of `step`, or None while one is missing; they are trained with the version of that number.
@@ -294,24 +274,6 @@ class Scheduler:
             self._by_start.popleft()
         return None
 
-    def _next(self) -> Assignment | None:
-        half = self.max_concurrent // 2
-        # With one place they take turns.
-        allowed = self._running_validation < half if half else not self._validation_began_last
-        if self._waiting_validation and (allowed or not self._waiting):
-            self._running_validation += 1
-            self._validation_began_last = True
-            return self._waiting_validation.popitem(last=False)[0]
-        self._validation_began_last = False
-        return self._waiting.popitem(last=False)[0] if self._waiting else None
-
-    def _wait(self, assignment: Assignment, *, first: bool = False) -> None:
-        waiting = self._waiting_validation if assignment.task.split == "validation" else self._waiting
-        waiting[assignment] = None
-        if first:
-            waiting.move_to_end(assignment, last=False)
-        self._attempts.setdefault(assignment.group_id, {})[assignment] = None
-
     def _admit(self) -> None:
         options = self._options
         ahead = options.admissible(self._version)
@@ -325,7 +287,7 @@ class Scheduler:
         elif self._delivered < options.steps * options.groups_per_step:
             extra = math.ceil(options.over_sampling * options.groups_per_step)
             # Only for places that are free now: a group that waited would be too stale before it had a token.
-            free = self.max_concurrent + self.ahead - len(self._running) - len(self._waiting)
+            free = self.max_concurrent + self.ahead - self.running - self._attempts.waiting
             while free > 0 and self._delivered + len(self._train) < ahead + extra:
                 free -= self._open(self._cursor.next(), -1, self._version)
 
@@ -349,7 +311,7 @@ class Scheduler:
         self._unfinished[admitted_at] += 1
         episodes = [self._first(group, episode) for episode in range(size + spare)]
         for assignment in reversed(episodes) if first else episodes:
-            self._wait(assignment, first=first)
+            self._attempts.wait(assignment, first=first)
         return len(episodes)
 
     def _first(self, group: OpenGroup, episode: int) -> Assignment:
@@ -357,7 +319,7 @@ class Scheduler:
 
     def _complete(self, group: OpenGroup) -> None:
         self._replaced_in_a_row[group.task.split] = 0
-        self._forget(group)
+        self._attempts.forget(group.group_id)
         if group.group_id in self._validation:
             return
         rewards = {trajectory.reward for trajectory in group.finished.values()}
@@ -398,7 +360,7 @@ class Scheduler:
 
     def _drop(self, group: OpenGroup, cause: str) -> None:
         self._events[group.task.split].dropped.append(Dropped(group.task, group.group_id, cause))
-        self._forget(group)
+        self._attempts.forget(group.group_id)
         self._validation.pop(group.group_id, None)
         if self._train.pop(group.group_id, None) is None:
             return
@@ -406,14 +368,6 @@ class Scheduler:
             del self._whole[group.group_id]  # it has no slot: in task order, what is whole is delivered
         else:
             self._unfinished[group.admitted_at] -= 1
-
-    def _forget(self, group: OpenGroup) -> None:
-        """No further attempt at this group is wanted."""
-        for assignment in self._attempts.pop(group.group_id, ()):
-            if assignment in self._running:
-                self._obsolete[assignment] = None
-            self._waiting.pop(assignment, None)
-            self._waiting_validation.pop(assignment, None)
 
     def _by_slot(self, step: int) -> list[OpenGroup] | None:
         size = self._options.groups_per_step

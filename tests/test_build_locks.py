@@ -12,6 +12,7 @@ import pytest
 
 from raygym import build_locks
 from raygym.build_locks import remove_stale_locks
+from raygym.extension_folder import use_own_folder
 
 
 def lock(folder: Path, name: str = "op") -> Path:
@@ -62,14 +63,16 @@ def test_on_a_disk_of_several_machines_only_an_old_one_goes(tmp_path: Path, monk
     assert young.exists()
 
 
-def test_it_looks_where_torch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.cpp_extension import get_default_build_root
+def test_each_environment_has_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.cpp_extension import _get_build_directory
 
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    for home in (None, tmp_path / "cache"):
-        if home:
-            monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-        assert str(build_locks._extensions()) == get_default_build_root()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "set"))
-    stale = lock(tmp_path / "set")
-    assert remove_stale_locks() == [stale]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = []
+    for prefix in ("/a/.venv", "/b/.venv", "/a/.venv"):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setattr(sys, "prefix", prefix)
+        folders.append(use_own_folder())
+        assert Path(_get_build_directory("op", False)).is_relative_to(folders[-1]), "torch looks there"
+    assert folders[0] == folders[2] != folders[1]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "chosen"))
+    assert use_own_folder() == tmp_path / "chosen"

@@ -73,7 +73,7 @@ def fails(kind: FailureKind) -> Callable[[Assignment], EpisodeFailure]:
 
 async def assert_all_places_are_used(manager: RolloutManager, client: Client) -> None:
     await settle()
-    assert set(manager._calls) == set(client.playing) == set(manager._scheduler._running)
+    assert set(manager._calls) == set(client.playing) == set(manager._scheduler._attempts)
     assert len(client.playing) == 6
 
 
@@ -86,7 +86,7 @@ async def test_a_retry_that_is_obsolete_before_it_began_leaves_its_place(manager
     client.end(fails(FailureKind.ENV_ERROR), 0)
     client.end(played, 1, 2)
     await settle()
-    assert set(manager._calls) == set(client.playing) == set(manager._scheduler._running)
+    assert set(manager._calls) == set(client.playing) == set(manager._scheduler._attempts)
     collected.cancel()
 
 

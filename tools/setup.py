@@ -42,7 +42,8 @@ print(json.dumps({"version": "%d.%d" % sys.version_info[:2], "headers": headers,
 # Compiled at the first DeepSpeed start on CPU, cached under torch's extensions folder.
 _WARM = """
 from raygym.build_locks import remove_stale_locks
-remove_stale_locks()
+from raygym.extension_folder import use_own_folder
+remove_stale_locks(use_own_folder())
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 print(ShareMemCommBuilder().load(verbose=False).__file__)
 """
@@ -87,7 +88,7 @@ def main() -> int:
 
 def _key() -> str:
     """Changes whenever the work must be looked at again: other packages, another place, other caches."""
-    parts = [LOCK.read_text(), (ROOT / "pyproject.toml").read_text(), str(ROOT)]
+    parts = [LOCK.read_text(), (ROOT / "pyproject.toml").read_text(), str(ROOT), _WARM]
     parts += [os.environ.get(name, "") for name in ("RAYGYM_CACHE", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "HOME")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
