@@ -40,8 +40,8 @@ def replay(run: Path, step: int, console: Console) -> None:
         if "time/validate_s" in rows[number]:
             shown.validation(number, rows[number])
     with shown.doing(f"step {step + 1}"):
-        clock.now_s += 2.0
-        shown.progress(f"collecting: 2 of {config.rollout.groups_per_step} groups whole")
+        clock.now_s += 1.0
+        shown.progress("collecting")
         console.print(shown.view())
 
 
