@@ -180,7 +180,7 @@ class RunConsole(LiveConsole):
     def _reward_line(self, width: int) -> Text:
         line = Text()
         if self._rewards:
-            line.append(sparkline(list(self._rewards)[-max(6, min(_LONGEST_TREND, width - 62)) :]), style="green")
+            line.append(sparkline(list(self._rewards)[-max(6, min(_LONGEST_TREND, width - 66)) :]), style="green")
             line.append(f"  {self._rewards[-1]:.3f}", style="bold")
             line.append(f" ± {self._last.get('reward/std', 0.0):.2f}", style="dim")
         if self._validations:
