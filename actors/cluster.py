@@ -91,6 +91,11 @@ class _OwnCluster:
             self._guard.wait()
         return logs[-1] if logs else None
 
+    def logs(self) -> Path | None:
+        """Where Ray writes its logs now; None before it has begun."""
+        sessions = self._sessions()
+        return sessions[-1] / "logs" if sessions else None
+
     def _sessions(self) -> list[Path]:
         names = cluster_guard.sessions_of(self._root, os.getpid()) - self._known
         return [self._root / name for name in sorted(names)]
@@ -184,6 +189,11 @@ def disconnect(*, keep_logs: bool = False) -> None:
 def is_own() -> bool:
     """Whether this process has started the cluster that it is connected to."""
     return _own is not None
+
+
+def session_logs() -> Path | None:
+    """Where the actors' logs are, on a cluster of our own; None on another one, whose logs outlive the run."""
+    return _own.logs() if _own is not None else None
 
 
 def kept_logs() -> Path | None:

@@ -33,6 +33,8 @@ from raygym.nemo_gym.agent import run_agent_episode
 from raygym.places import Places
 from raygym.tool_calls import ToolCalls
 from raygym.tool_parsers import tool_parser
+from raygym.tracking.otlp import TracingOptions, start_tracing
+from raygym.tracking.spans import Traces
 from raygym.types import EpisodeFailure, FailureKind, Sampling, Task, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 _SPARE_CONCURRENCY = 16
 # Environments may have other tools for each task; their renderers cost milliseconds to verify.
 _RENDERERS_KEPT = 256
+_FLUSH_TIMEOUT_MS = 5000
 _NOBODY_WAITS = "its RolloutManager is gone"
 
 
@@ -57,6 +60,7 @@ class EnvRunner:
         generate: Generate | None = None,
         parser: str = "auto",
         memory_mib: int | None = None,
+        tracing: TracingOptions | None = None,
     ) -> None:
         """Load the tokenizer and make each environment once, so that a wrong one is found before any episode.
 
@@ -71,12 +75,15 @@ class EnvRunner:
             parser: `policy.tool_parser`.
             memory_mib: what the environments in this process may allocate together; 0: half of the machine's memory,
                 None: no limit.
+            tracing: where spans of the episodes are sent; None: nowhere.
 
         Raises:
             EnvError: an environment cannot be made.
             TemplateError: the tokenizer's chat template cannot keep token IDs exact.
             ToolCallError: an environment has tools and `parser` cannot find their calls.
         """
+        self._spans: Any = start_tracing(tracing) if tracing is not None else None
+        self._traces = Traces(self._spans.get_tracer("raygym") if self._spans is not None else None)
         self._limits = limits
         self._run_seed = run_seed
         self._generate = generate or TurnExchange(deployment, app)
@@ -137,34 +144,37 @@ class EnvRunner:
         self._places.resize(places)
         place = self._places.held()
         try:
-            if config.nemo_gym is not None and config.nemo_gym.mode == "agent":
-                async with place:
-                    return await run_agent_episode(
-                        config.kwargs["play"],
+            with self._traces.episode(task, group_id, episode, attempt) as trace:
+                if config.nemo_gym is not None and config.nemo_gym.mode == "agent":
+                    async with place:
+                        played = await run_agent_episode(
+                            config.kwargs["play"],
+                            task,
+                            group_id=group_id,
+                            episode=episode,
+                            attempt=attempt,
+                            served_version=self._served_version,
+                            renderer_for=self._renderer,
+                            limits=self._limits.for_env(config),
+                            sampling=sampling,
+                        )
+                        return trace.ended(played)
+                async with self._host(config) as host:
+                    played = await run_episode(
+                        trace.host(host),
                         task,
                         group_id=group_id,
                         episode=episode,
                         attempt=attempt,
-                        served_version=self._served_version,
                         renderer_for=self._renderer,
+                        generate=trace.generate(self._generate),
                         limits=self._limits.for_env(config),
                         sampling=sampling,
+                        run_seed=self._run_seed,
+                        place=place,
+                        first_attempt=first_attempt,
                     )
-            async with self._host(config) as host:
-                return await run_episode(
-                    host,
-                    task,
-                    group_id=group_id,
-                    episode=episode,
-                    attempt=attempt,
-                    renderer_for=self._renderer,
-                    generate=self._generate,
-                    limits=self._limits.for_env(config),
-                    sampling=sampling,
-                    run_seed=self._run_seed,
-                    place=place,
-                    first_attempt=first_attempt,
-                )
+                    return trace.ended(played)
         except asyncio.CancelledError:
             if attempt < self._first_attempt:
                 raise EpisodeFailure(FailureKind.CANCELLED, _NOBODY_WAITS) from None
@@ -192,6 +202,11 @@ class EnvRunner:
     async def ping(self) -> int:
         """How many episodes run or wait for their place: an answer means that the event loop is alive."""
         return len(self._episodes)
+
+    async def flush_spans(self) -> None:
+        """Return when the spans of the episodes that have ended are sent, or cannot be."""
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.force_flush, _FLUSH_TIMEOUT_MS)
 
     async def resize(self, places: int) -> None:
         """How many episodes may run here at once from now on; those that run go on."""
@@ -252,6 +267,7 @@ def start_env_runner(
     generate: Generate | None = None,
     parser: str = "auto",
     memory_mib: int = 0,
+    tracing: TracingOptions | None = None,
     max_concurrent: int,
     **actor_options: Any,
 ) -> ActorHandle[EnvRunner]:
@@ -260,7 +276,7 @@ def start_env_runner(
     A runner that dies is restarted by Ray, without its episodes: their callers get a RayActorError and retry.
 
     Args:
-        envs: see `EnvRunner`, as are all others up to memory_mib.
+        envs: see `EnvRunner`, as are all others up to tracing.
         max_concurrent: episodes at once; as many more may wait in it for their place.
         actor_options: Ray's options for the actor, over the defaults (no CPU reserved, spread over nodes, restarted always).
     """
@@ -275,6 +291,6 @@ def start_env_runner(
     }
     actor: Any = ray.remote(EnvRunner)
     handle: ActorHandle[EnvRunner] = actor.options(**options).remote(
-        list(envs), model_dir, limits, run_seed, deployment, app, generate, parser, memory_mib
+        list(envs), model_dir, limits, run_seed, deployment, app, generate, parser, memory_mib, tracing
     )
     return handle

@@ -17,6 +17,8 @@ from raygym.actors.rollouts import Rollouts
 from raygym.actors.runs import prepared
 from raygym.actors.session import Session
 from raygym.config import RunConfig
+from raygym.driver_log import driver_log
+from raygym.live_console import Verbosity
 from raygym.rollout_console import RolloutConsole
 from raygym.rollout_store import Request, RolloutStore
 from raygym.tasks import TaskCursor, validation_tasks
@@ -29,7 +31,14 @@ _LOOK_UP_S = 0.5
 
 
 def rollout(
-    config: RunConfig, model_dir: str, request: Request, out: Path | None, success: float, *, fresh: bool
+    config: RunConfig,
+    model_dir: str,
+    request: Request,
+    out: Path | None,
+    success: float,
+    *,
+    fresh: bool,
+    verbosity: Verbosity = Verbosity.NORMAL,
 ) -> None:
     """Play what is missing of `request`, and leave its folder.
 
@@ -40,6 +49,7 @@ def rollout(
         out: the folder; None: `rollouts/<name>`.
         success: an episode with at least this reward is a success.
         fresh: move an earlier folder aside instead of going on in it.
+        verbosity: how much is told of it.
 
     Raises:
         ConfigError: the folder is another rollout's.
@@ -50,10 +60,10 @@ def rollout(
     path = out or Path("rollouts") / config.name
     store = RolloutStore(path, config, request, _tasks(config, request), fresh=fresh)
     missing = store.missing()
-    console = RolloutConsole(len(missing) * request.samples)
+    console = RolloutConsole(len(missing) * request.samples, verbosity=verbosity)
     temperature = config.validation.temperature if request.split == "validation" else config.rollout.temperature
     try:
-        console.line(
+        console.note(
             f"raygym: {config.name}, {config.policy.model}, {request.tasks} tasks of {request.split} x "
             f"{request.samples} at temperature {temperature:g} -> {path}"
         )
@@ -63,7 +73,8 @@ def rollout(
             console.line("at temperature 0 the episodes of a task are mostly alike; --temperature 1 makes them differ")
         try:
             if missing:
-                _play(ready, model_dir, port, store, missing, request.samples, console)
+                with driver_log(path / "logs" / "driver.log", console), console.live(config.name):
+                    _play(ready, model_dir, port, store, missing, request.samples, console)
         finally:
             left = len(store.missing())
             done = {"tasks": request.tasks, "missing_tasks": left, "samples": request.samples, "split": request.split}

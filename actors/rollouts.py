@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +23,11 @@ from raygym.episode import EpisodeLimits
 from raygym.rollout_state import RolloutState
 from raygym.schedule import Collected, SchedulerState
 from raygym.task_stream import Taken
+from raygym.tracking.otlp import TracingOptions, missing_exporter
 from raygym.types import Task
+
+logger = logging.getLogger(__name__)
+_FLUSH_TIMEOUT_S = 6.0
 
 
 class Rollouts:
@@ -50,6 +56,10 @@ class Rollouts:
         self._supervisor = supervisor
         rollout = config.rollout
         limits = EpisodeLimits.of(rollout, max_model_len)
+        self._tracing = TracingOptions.of(config.name, config.logging.opentelemetry, os.environ)
+        if self._tracing is not None and (missing := missing_exporter(self._tracing)):
+            logger.warning("%s", missing)
+            self._tracing = None
         self._runners = [
             start_env_runner(
                 config.envs,
@@ -60,6 +70,7 @@ class Rollouts:
                 app=app_name(config.name),
                 parser=config.policy.tool_parser,
                 memory_mib=rollout.env_runner_memory_mib,
+                tracing=self._tracing,
                 max_concurrent=rollout.max_concurrent,
                 **(placement or {}),
             )
@@ -149,6 +160,9 @@ class Rollouts:
     def shutdown(self) -> None:
         """End the manager and all runners."""
         self._manager.close()
+        if self._tracing is not None:
+            flushed: list[Any] = [runner.flush_spans.remote() for runner in self._runners]
+            ray.wait(flushed, num_returns=len(flushed), timeout=_FLUSH_TIMEOUT_S)  # one that is dead has none
         for runner in self._runners:
             try:
                 ray.kill(runner)

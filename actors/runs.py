@@ -6,16 +6,22 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from raygym.actors.cluster import http_port, kept_logs
+from raygym.actor_logs import gather_logs
+from raygym.actors.cluster import http_port, kept_logs, session_logs
 from raygym.actors.learner_recovery import train_through_losses
 from raygym.actors.ray_errors import cause as cause
+from raygym.actors.ray_metrics import RayMetrics
 from raygym.actors.serving import front_options, with_engine_defaults
 from raygym.actors.session import Session
 from raygym.actors.supervisor import Supervisor
 from raygym.config import ConfigError, RunConfig
 from raygym.console import RunConsole
 from raygym.deepspeed_options import unloadable_state
+from raygym.driver_log import driver_log
+from raygym.live_console import Verbosity
 from raygym.metrics import validation_metrics
 from raygym.mirror_restore import restore_newer
 from raygym.mirror_store import MirrorStore
@@ -23,11 +29,20 @@ from raygym.mirror_upload import CheckpointMirror, mirrored
 from raygym.resume import FinishedError, ResumePoint, only_writer, resume_point
 from raygym.run_files import RunFiles
 from raygym.tasks import validation_tasks
+from raygym.tracking.tracker import Outcome
+from raygym.tracking.tracking import Tracking
 
 __all__ = ["cause", "evaluate", "kept_logs", "prepared", "serve", "train"]
 
 
-def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_config_change: bool = False) -> None:
+def train(
+    config: RunConfig,
+    model_dir: str,
+    *,
+    fresh: bool = False,
+    allow_config_change: bool = False,
+    verbosity: Verbosity = Verbosity.NORMAL,
+) -> None:
     """Train a policy; leaves `runs/<name>/`, or goes on in it.
 
     Args:
@@ -35,13 +50,14 @@ def train(config: RunConfig, model_dir: str, *, fresh: bool = False, allow_confi
         model_dir: the policy's files.
         fresh: an earlier run of this name is moved aside, also where it could go on.
         allow_config_change: it goes on also where the config has changed.
+        verbosity: how much is told of it.
 
     Raises:
         ConfigError: the run cannot begin, or not go on, as it is configured.
         MirrorError: a checkpoint was not mirrored, and `checkpoint.mirror_required` is set.
     """
     config, port = prepared(config, model_dir)
-    console = RunConsole(config.steps)
+    console = RunConsole(config.steps, verbosity=verbosity)
     url = config.checkpoint.mirror
     store = None if url is None else MirrorStore.open(url, config.name)
     with only_writer(config.run_dir):
@@ -70,7 +86,8 @@ def _train(
             raise ConfigError(unloadable)
         console.line(f"warning: {unloadable}")
     files = RunFiles(config, resumed, console.line)
-    console.line(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
+    logs = files.path / "logs"
+    console.note(f"raygym: {config.name}, {config.policy.model}, {config.steps} steps -> {files.path}")
     if files.moved_to is not None:
         console.line(f"an earlier run of this name is not gone on with and was moved to {files.moved_to}")
     if resumed is not None and resumed.checkpoint is not None:
@@ -84,18 +101,24 @@ def _train(
     supervisor = Supervisor(config.supervision, files.event, console.line)
     rollouts = resumed.rollouts if resumed else None
     session = Session(config, model_dir, port, resumed=rollouts, supervisor=supervisor)
-    try:
-        with console.phase("starting engines, learners and environments"):
-            session.__enter__()
-        ready_s = time.monotonic() - started
-        console.line(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
-        summary = train_through_losses(config, session, files, console, resumed, mirror)
-    finally:
+    with driver_log(logs / "driver.log", console), console.live(config.name), _tracked(config, files, console):
         try:
-            with console.phase("stopping"):
-                session.__exit__(*sys.exc_info())
+            with console.phase("starting engines, learners and environments"):
+                session.__enter__()
+            ready_s = time.monotonic() - started
+            console.note(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
+            console.detail(
+                f"logs: {logs / 'driver.log'}; of the actors, until the run ends: {session_logs() or 'see Ray'}"
+            )
+            summary = train_through_losses(config, session, files, console, resumed, mirror)
         finally:
-            files.close()
+            try:
+                if (actors_logs := session_logs()) is not None:
+                    gather_logs(actors_logs, logs / "actors")
+                with console.phase("stopping"):
+                    session.__exit__(*sys.exc_info())
+            finally:
+                files.close()
     summary["ready_s"] = round(ready_s, 1)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.summary(summary)
@@ -103,6 +126,25 @@ def _train(
     if rewards:
         console.line(f"validation reward {rewards[0]:.3f} -> {rewards[-1]:.3f} after {config.steps} steps")
     console.line(f"done in {summary['seconds']:.0f} s; see {files.path}")
+
+
+@contextmanager
+def _tracked(config: RunConfig, files: RunFiles, console: RunConsole) -> Iterator[None]:
+    """Inside it, the run's trackers get its rows; after it, they know how it ended."""
+    beside = [RayMetrics(config.name).log] if config.logging.ray_metrics else []
+    tracking = Tracking(config, console.line, beside)
+    tracking.catch_up(files.rows)
+    files.follow(tracking.log)
+    outcome = Outcome.FAILED
+    try:
+        yield
+        outcome = Outcome.FINISHED
+    except KeyboardInterrupt:
+        outcome = Outcome.INTERRUPTED
+        raise
+    finally:
+        with console.live("sending the last metrics"):
+            tracking.close(outcome)
 
 
 def evaluate(config: RunConfig, model_dir: str) -> None:

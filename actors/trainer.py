@@ -257,7 +257,7 @@ class Trainer:
     def _collecting(self, progress: str) -> None:
         self._session.learners.check_alive()  # they have nothing to do now, so nobody else would notice
         self._session.weights.check()
-        self._console.progress(progress)
+        self._console.progress(f"{_DOING['generate']}: {progress}")
 
     def _validating(self, progress: str) -> None:
         if self._doing != _DOING["generate"]:  # what is told of collecting covers the validation

@@ -18,6 +18,7 @@ from raygym.argument_types import at_least_one
 from raygym.check_options import add_options
 from raygym.config import ConfigError, RunConfig
 from raygym.config_file import load_config
+from raygym.live_console import Verbosity
 from raygym.rollout_store import Request
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _with_config(command, name)
         if name == "train":
+            _with_verbosity(command)
             command.description = "Train a policy and write runs/<name>/; goes on from its last checkpoint."
             command.add_argument("--fresh", action="store_true", help="move an earlier run aside instead of going on")
             command.add_argument(
@@ -108,12 +110,22 @@ def _with_config(parser: argparse.ArgumentParser, command: str) -> None:
     parser.epilog = f"example: raygym {command} configs/demo.yaml seed=1"
 
 
+def _with_verbosity(parser: argparse.ArgumentParser) -> None:
+    how_much = parser.add_mutually_exclusive_group()
+    told: dict[str, Any] = {"dest": "verbosity", "action": "store_const", "default": Verbosity.NORMAL}
+    how_much.add_argument(
+        "-q", "--quiet", const=Verbosity.QUIET, help="tell only what goes wrong, and the result", **told
+    )
+    how_much.add_argument("-v", "--verbose", const=Verbosity.VERBOSE, help="tell also what is logged", **told)
+
+
 def _add_rollout(commands: Any) -> None:
     text = "play tasks without training and keep their trajectories"
     parser = commands.add_parser(
         "rollout", help=text, description=text[0].upper() + text[1:] + "; goes on where it was."
     )
     _with_config(parser, "rollout")
+    _with_verbosity(parser)
     parser.epilog = "example: raygym rollout configs/demo.yaml --tasks 100 --samples 8 --temperature 1"
     parser.add_argument(
         "--tasks", type=at_least_one, metavar="N", help="default: validation.tasks of the config, or 64"
@@ -135,7 +147,9 @@ def _rollout(options: argparse.Namespace) -> int:
 
     def play(config: RunConfig, model_dir: str) -> None:
         command = importlib.import_module("raygym.actors.rollout_command")
-        command.rollout(config, model_dir, request, options.out, options.success, fresh=options.fresh)
+        command.rollout(
+            config, model_dir, request, options.out, options.success, fresh=options.fresh, verbosity=options.verbosity
+        )
 
     return _run("rollout", config, play)
 
@@ -143,7 +157,13 @@ def _rollout(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     def train(config: RunConfig, model_dir: str) -> None:
         runs = importlib.import_module("raygym.actors.runs")
-        runs.train(config, model_dir, fresh=options.fresh, allow_config_change=options.allow_config_change)
+        runs.train(
+            config,
+            model_dir,
+            fresh=options.fresh,
+            allow_config_change=options.allow_config_change,
+            verbosity=options.verbosity,
+        )
 
     return _run("train", load_config(options.config, options.overrides), train)
 

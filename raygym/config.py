@@ -18,6 +18,7 @@ from raygym.config_section import (
 )
 from raygym.in_flight import OnUpdate
 from raygym.learner_config import LearnerConfig
+from raygym.logging_config import LoggingConfig
 from raygym.nemo_gym.config import ENV_ID as NEMO_GYM
 from raygym.nemo_gym.config import NemoGymConfig
 from raygym.supervision_config import SupervisionConfig
@@ -269,17 +270,6 @@ class CheckpointConfig(Section):
     """A checkpoint that cannot be copied ends the run; without it, that is told and the next one is tried."""
     mirror_wait_s: NonNegativeFloat = 600
     """How long the run's end waits for what is still being copied."""
-
-
-class LoggingConfig(Section):
-    """What is written beside metrics.jsonl."""
-
-    tensorboard: bool = True
-    trajectories: bool = True
-    learner_logprobs: bool = True
-    """Beside what the engine says of each trained token, what the learner computed: as wide as the engine's again."""
-    disk_wait_s: NonNegativeFloat = 300
-    """On a full disk, how long a line waits for room before the run ends. A checkpoint that finds none is left out."""
 
 
 class RunConfig(Section):

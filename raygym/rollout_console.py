@@ -1,32 +1,45 @@
-"""What `raygym rollout` prints: one live line in a terminal, a line every few seconds elsewhere, a table at the end."""
+"""What `raygym rollout` prints: a view in a terminal, a line now and then elsewhere, a table at the end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from raygym.live_console import LiveConsole, duration
+from raygym.live_console import LiveConsole, Verbosity, duration
 
+# Lines of a file, where nothing can be drawn anew: the first soon, later ones with the length of the run.
 _PLAIN_EVERY_S = 5.0
+_PLAIN_SHARE = 0.05
 
 
 class RolloutConsole(LiveConsole):
     """Prints a rollout's progress and its result."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        console: Console | None = None,
+        verbosity: Verbosity = Verbosity.NORMAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Nothing is printed yet.
 
         Args:
             total: episodes that are still to be played.
-            console: for tests.
+            console: for tests, as is the clock.
+            verbosity: how much is told.
+            clock: seconds.
         """
-        super().__init__(console)
+        super().__init__(console, verbosity, clock)
         self._total = total
         self._told = self._started
+        self._finished = 0
+        self._parts: list[str] = []
+        self._failures: Mapping[str, int] = {}
 
     def start_clock(self) -> None:
         """The episodes begin now."""
@@ -43,26 +56,21 @@ class RolloutConsole(LiveConsole):
             running: episodes in flight.
             failures: attempts by kind.
         """
-        now = time.monotonic()
-        if self._status is None and now - self._told < _PLAIN_EVERY_S:
-            return
-        self._told = now
+        now = self._clock()
         elapsed = max(now - self._started, 1e-9)
         # A guess from too few episodes is worse than none.
         eta = duration(elapsed / episodes * (self._total - episodes)) if episodes else "?"
-        parts = [
+        self._finished, self._failures = episodes, dict(failures)
+        self._parts = [f"{running} running", f"{turns} turns", f"{tokens / elapsed:.0f} tok/s", f"eta {eta}"]
+        if self._console.is_interactive or now - self._told < max(_PLAIN_EVERY_S, _PLAIN_SHARE * elapsed):
+            return
+        self._told = now
+        told = [
             f"{episodes}/{self._total} episodes",
-            f"{running} running",
-            f"{turns} turns",
-            f"{tokens / elapsed:.0f} tok/s",
-            f"eta {eta}",
+            *self._parts,
             *([f"failed {failed(failures)}"] if failures else []),
         ]
-        text = "  ".join(parts)
-        if self._status is None:
-            self.line(text)
-        else:
-            self._status.update(self._live(text))
+        self.note("  ".join(told))
 
     def result(self, result: Mapping[str, Any]) -> None:
         """The end: the whole in a few lines, each environment in a row of a table."""
@@ -97,7 +105,7 @@ class RolloutConsole(LiveConsole):
         widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
         names = ["environment", *result["envs"]]
         longest = max(map(len, names))
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             longest = max(8, min(longest, self._console.width - sum(widths) - 2 * len(widths)))
         for name, cells in zip(names, [titles, *rows], strict=True):
             # Names of one package begin alike, so the end is what tells them apart.
@@ -105,11 +113,17 @@ class RolloutConsole(LiveConsole):
             line = short.ljust(longest) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths, strict=True))
             self._console.print(Text(line, style="dim" if cells is titles else ""))
 
-    def _live(self, text: str) -> Text:
-        """Cut to one line, beside the spinner: a live line that wraps leaves its upper half behind."""
-        fitting = Text(text, no_wrap=True)
-        fitting.truncate(max(10, self._console.width - 3), overflow="ellipsis")
-        return fitting
+    def _lines(self, width: int) -> list[Text]:
+        lines = [self._headline()]
+        if self._parts:
+            room = max(8, min(40, width - 28))
+            filled = round(self._finished / max(1, self._total) * room)
+            bar = Text("  ").append("━" * filled, style="green").append("─" * (room - filled), style="dim")
+            lines.append(bar.append(f"  {self._finished}/{self._total} episodes"))
+            lines.append(Text("  " + "  ".join(self._parts)))
+        if self._failures:
+            lines.append(Text(f"  failed {failed(self._failures)}", style="red"))
+        return lines
 
 
 def _number(value: float | None, form: str) -> str:

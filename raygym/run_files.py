@@ -88,6 +88,7 @@ class RunFiles:
         self._rows: dict[int, Row] = {}
         self._held: HeldRow | None = None
         self._tensorboard: Any = None
+        self._follower: Callable[[int, Row], None] | None = None
         if resumed is None:
             self.moved_to = move_aside(self.path)
         self._open(resumed)
@@ -116,10 +117,18 @@ class RunFiles:
             self._show(step, row)
 
     @property
+    def rows(self) -> list[tuple[int, Row]]:
+        """Step and row of what was there when the run was resumed, in order."""
+        return sorted(self._rows.items(), key=lambda item: item[0])
+
+    def follow(self, follower: Callable[[int, Row], None]) -> None:
+        """Give each row that is written from now on to `follower`, too, which must neither wait nor raise."""
+        self._follower = follower
+
+    @property
     def scalars(self) -> list[dict[str, float]]:
         """The numbers of the rows of the steps before the resume, in order."""
-        rows = [self._rows[step] for step in sorted(self._rows)]
-        return [scalars(row) for row in rows]
+        return [scalars(row) for _, row in self.rows]
 
     @property
     def validation_rewards(self) -> dict[int, float]:
@@ -135,6 +144,8 @@ class RunFiles:
         """Append what is known of one step to metrics.jsonl and TensorBoard. `waits`: see `HeldRow.write`."""
         self._append("metrics.jsonl", {"step": step, **json_row(row)}, waits=waits)
         self._show(step, row)
+        if self._follower is not None:
+            self._follower(step, row)
 
     def _show(self, step: int, row: Row) -> None:
         if isinstance(score := row.get(self._best_metric), int | float):

@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -46,11 +47,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize("flags", [[], ["--fresh"], ["--allow-config-change", "steps=2"]])
 def test_train_says_how_to_treat_an_earlier_run(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, bool]] = []
+    seen: list[dict[str, Any]] = []
     runs = SimpleNamespace(train=lambda config, model_dir, **options: seen.append(options))
     monkeypatch.setitem(sys.modules, "raygym.actors.runs", runs)  # type: ignore[arg-type]
     assert main(["train", TINY, *flags]) == 0
-    assert seen == [{"fresh": "--fresh" in flags, "allow_config_change": "--allow-config-change" in flags}]
+    (options,) = seen
+    assert options["fresh"] == ("--fresh" in flags)
+    assert options["allow_config_change"] == ("--allow-config-change" in flags)
 
 
 def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from table_engine import TableEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +17,6 @@ from raygym.batch import train_sequences
 from raygym.checkpoint import Checkpoint
 from raygym.config import LearnerConfig, RunConfig
 from raygym.config_file import load_config, parse_config
-from raygym.console import RunConsole, sparkline
 from raygym.histogram import Histogram
 from raygym.method_config import MethodConfig
 from raygym.metrics import learn_metrics, rollout_metrics, sync_metrics, validation_metrics
@@ -190,32 +187,6 @@ def test_the_scalars_of_updates_and_syncs() -> None:
     assert learned["learn/tflops_per_s"] == stats["tflops_per_s"] and "learn/mfu" not in learned
     synced = sync_metrics(Published(3, "sum", 2**31, broadcast_s=0.5, apply_s=1.0, turns_late=2))
     assert synced["sync/gib_per_s"] == 4 and synced["sync/turns_late"] == 2
-
-
-@pytest.mark.parametrize("width", [80, 200])
-def test_the_console_prints_one_row_a_step_that_fits(width: int) -> None:
-    console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
-    run = RunConsole(200, console)
-    times = {
-        "time/step_s": 4.0,
-        "time/generate_s": 2.0,
-        "time/learn_s": 1.0,
-        "time/sync_s": 0.5,
-        "policy/logprob_abs_diff": 1e-6,
-    }
-    for step in range(1, 101):
-        run.step(step, rollout_metrics(collected(), 3) | times)
-    lines = console.export_text().splitlines()
-    assert lines[0].split() == ["step", "reward", "generate", "learn", "sync", "tok/s", "logp", "Δ", "failed", "eta"]
-    assert lines[1].split()[:8] == ["1/200", "0.500", "2.0s", "1.0s", "0.5s", "4", "1e-06", "4"]
-    assert max(map(len, lines)) <= width
-    assert len(lines) == 105, "100 rows and a line of titles before every 20th"
-    assert len({line.index("2.0s") for line in lines if "0.500" in line}) == 1, "columns stay where they are"
-
-
-def test_sparkline() -> None:
-    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
-    assert sparkline([0.3, 0.3]) == "▁▁"
 
 
 def test_what_the_learner_computed_is_beside_what_the_engine_did(config: RunConfig) -> None:

@@ -1,0 +1,1 @@
+"""Who else gets the numbers of metrics.jsonl: Weights & Biases, MLflow, Prometheus, OpenTelemetry."""
