@@ -7,6 +7,7 @@ belongs into a notebook's kernel, whose event loop runs already, or into a scrip
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import IO
 from raygym.config import ConfigError
 from raygym.errors import RunFailed
 
+_PROGRAM = [sys.executable, "-m", "raygym.owned_command"]
 _BAD_CONFIG = 2
 _INTERRUPTED = 130
 _PREFIX = "raygym: "
@@ -24,7 +26,7 @@ _LAST_LINES = 20
 """Of what a command said, where it ended without naming a cause."""
 
 
-def run_command(arguments: Sequence[str], *, quiet: bool = False, cwd: str | None = None) -> None:
+def run_command(arguments: Sequence[str], *, quiet: bool = False) -> None:
     """Run `raygym <arguments>` to its end; what it prints appears where this process prints.
 
     An interrupt of the caller interrupts the command, and is raised again once that has stopped everything.
@@ -32,7 +34,6 @@ def run_command(arguments: Sequence[str], *, quiet: bool = False, cwd: str | Non
     Args:
         arguments: of the command line.
         quiet: nothing is printed.
-        cwd: where it runs; by default here.
 
     Raises:
         ConfigError: it refused its config or its inputs.
@@ -43,14 +44,14 @@ def run_command(arguments: Sequence[str], *, quiet: bool = False, cwd: str | Non
     own_terminal = not quiet and sys.stdout is sys.__stdout__ and sys.stdout is not None and sys.stdout.isatty()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "raygym.owned_command", *arguments],
+            [*_PROGRAM, *arguments],
             stdin=subprocess.PIPE,
             stdout=None if own_terminal else subprocess.PIPE,
             stderr=errors,
             text=True,
             encoding="utf-8",
             errors="replace",
-            cwd=cwd,
+            env=dict(os.environ) if own_terminal else _plain_environment(),
             # A terminal's Ctrl-C would reach it beside ours, and a second one skips what it still has to stop.
             start_new_session=True,
         )
@@ -66,6 +67,12 @@ def run_command(arguments: Sequence[str], *, quiet: bool = False, cwd: str | Non
                         pipe.close()
         if process.returncode:
             raise _failure(process.returncode, errors)
+
+
+def _plain_environment() -> dict[str, str]:
+    """A notebook's kernel asks for colours, which would also bring a live line's control characters into the cell."""
+    forced = ("FORCE_COLOR", "CLICOLOR_FORCE")
+    return {key: value for key, value in os.environ.items() if key not in forced} | {"TTY_COMPATIBLE": "0"}
 
 
 def _to_the_end(process: subprocess.Popen[str], *, quiet: bool) -> None:

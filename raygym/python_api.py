@@ -118,7 +118,7 @@ def rollout(
     options += ["--fresh"] if fresh else []
     if out is not None:
         _run("rollout", checked, [*options, f"--out={os.fspath(out)}"], quiet=quiet)
-        return Rollout(out)
+        return Rollout(Path(out))
     played = Rollout(tempfile.mkdtemp(prefix="raygym-rollout-"), temporary=True)
     _run("rollout", checked, [*options, f"--out={played.path}"], quiet=quiet)
     return played
@@ -154,12 +154,14 @@ def as_config(config: Config, overrides: Overrides = ()) -> RunConfig:
             return load_config(_written(config, folder), changes) if changes else config
     if isinstance(config, Mapping):
         return build_config(config, changes)
-    return load_config(config, changes)
+    return load_config(Path(config), changes)
 
 
 def _changes(overrides: Overrides) -> list[str]:
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides: {overrides!r} is one text; expected a list such as ['steps=5'], or {{'steps': 5}}")
+        raise ConfigError(
+            f"overrides: {overrides!r} is one text; expected a list such as ['steps=5'], or {{'steps': 5}}"
+        )
     if not isinstance(overrides, Mapping):
         return list(overrides)
     try:
