@@ -31,15 +31,8 @@ def remove_stale_locks(folder: Path | None = None) -> list[Path]:
     Returns:
         The files that were removed.
     """
-    locks = {lock: status for lock in (folder or _extensions()).glob("**/lock") if (status := _status(lock))}
-    if not locks:
-        return []
-    held = _open_files()
     removed = []
-    for lock, status in locks.items():
-        old = time.time() - status.st_mtime > _SURELY_OVER_S
-        if (status.st_dev, status.st_ino) in held or not (old or _is_local(lock)):
-            continue
+    for lock, status in _stale(folder or extensions_folder()):
         # Not the lock of a rank that has removed the stale one first, and compiles now.
         if (now := _status(lock)) and now.st_mtime_ns == status.st_mtime_ns:
             lock.unlink(missing_ok=True)
@@ -48,9 +41,28 @@ def remove_stale_locks(folder: Path | None = None) -> list[Path]:
     return removed
 
 
-def _extensions() -> Path:
+def stale_locks(folder: Path) -> list[Path]:
+    """What `remove_stale_locks` would remove."""
+    return [lock for lock, _ in _stale(folder)]
+
+
+def extensions_folder() -> Path:
+    """Where torch keeps its extensions."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
+
+
+def _stale(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    locks = {lock: status for lock in folder.glob("**/lock") if (status := _status(lock))}
+    if not locks:
+        return []
+    held = _open_files()
+    found = []
+    for lock, status in locks.items():
+        old = time.time() - status.st_mtime > _SURELY_OVER_S
+        if (status.st_dev, status.st_ino) not in held and (old or _is_local(lock)):
+            found.append((lock, status))
+    return found
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -69,7 +69,7 @@ def test_it_looks_where_torch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for home in (None, tmp_path / "cache"):
         if home:
             monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-        assert str(build_locks._extensions()) == get_default_build_root()
+        assert str(build_locks.extensions_folder()) == get_default_build_root()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "set"))
     stale = lock(tmp_path / "set")
     assert remove_stale_locks() == [stale]
