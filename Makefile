@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/raygym train configs/demo.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=40
 
 # Every parameter, 200 conversations each way, 5,000 fuzzed bodies, 2,000 requests at once.
 test-long: setup

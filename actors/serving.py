@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,25 +182,6 @@ def _replica_error(app: str) -> str:
     raised = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     said = lines[raised[-1] :] if raised else []
     return " ".join(line.strip() for line in said if "For further information" not in line)
-
-
-def broadcast(
-    handle: DeploymentHandle[Any], method: str, args: Sequence[Any], replicas: int, timeout_s: float
-) -> list[Any]:
-    """Call a method on every replica and wait for all answers.
-
-    Raises:
-        TimeoutError: not every replica answered in time.
-        RuntimeError: fewer replicas are running than the run was started with.
-    """
-    response = handle.broadcast(method, *args)
-    try:
-        answers = response.results(timeout_s=timeout_s)
-    except TimeoutError as error:
-        raise TimeoutError(f"PolicyServer.{method}: not every replica answered within {timeout_s} s") from error
-    if len(answers) != replicas:
-        raise RuntimeError(f"PolicyServer.{method}: {len(answers)} replicas answered, expected {replicas}")
-    return answers
 
 
 def scale(run_name: str, replicas: int) -> None:

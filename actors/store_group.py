@@ -116,11 +116,11 @@ class StoreGroup:
                 if node != self._sender_node:
                     self._put_off(node, error)
                     continue
-                if isinstance(inner, WeightsError):  # too little memory, also next time
-                    raise WeightsError(f"learner 0's node {node} has no weight store: {inner}") from error
                 self._why = cause(error)
                 for other in set(starting) - set(self._stores) - {node}:  # they have nothing to copy from
                     ray.kill(starting[other])
+                if isinstance(inner, WeightsError):  # too little memory, also next time
+                    raise WeightsError(f"learner 0's node {node} has no weight store: {inner}") from error
                 break
             else:
                 self._failed.pop(node, None)

@@ -9,6 +9,7 @@ up. Last line: one JSON object. Example: `python benchmarks/soak.py --minutes 60
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -34,7 +35,7 @@ KINDS = {
     "manager": "ray::RolloutManager",
     "store": "ray::WeightStore",
 }
-VICTIMS = ("replica", "runner", "manager")
+VICTIMS = ("replica", "runner", "manager", "learner", "store")
 _STARTS_WITHIN_S = 600.0
 _ENDS_WITHIN_S = 180.0
 _HUNG_S = 5.0
@@ -53,6 +54,7 @@ def main() -> None:
         "--warm-up", type=float, default=0.2, metavar="F", help="part that is not fitted (default: 0.2)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=Path, help="a file that each sample is appended to, as one JSON object")
     options = parser.parse_args()
     victims = [kind for kind in options.victims.split(",") if kind]
     if unknown := set(victims) - set(KINDS):
@@ -81,6 +83,8 @@ def training(folder: Path, learners: int) -> Iterator[psutil.Process]:
         "rollout.env_runners": 2,
         "learner.num_learners": learners,
         "checkpoint.every": 20,
+        # More is lost here than a run is to put up with.
+        **{f"supervision.{kind}_restarts": "null" for kind in ("learner", "manager", "replica", "weight_store")},
         "logging.tensorboard": "false",
     }
     command = [sys.executable, "-m", "raygym", "train", str(ROOT / "configs/tiny.yaml")]
@@ -123,15 +127,26 @@ def watch(
     sample_at, fault_at = began, began + options.fault_every
     samples: list[tuple[float, dict[str, float]]] = []
     faults: list[str] = []
-    while (now := time.monotonic()) < began + options.minutes * 60 and run.is_running():
+    while (now := time.monotonic()) < began + options.minutes * 60 and alive(run):
         if now >= sample_at:
             samples.append((now - began, sample(run)))
+            if options.samples:
+                with options.samples.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"s": round(now - began), "faults": len(faults), **samples[-1][1]}) + "\n")
             sample_at += options.sample_every
         if victims and now >= fault_at:
             faults += strike(run, draw.choice(victims), draw.choice(("kill", "stop")), draw)
             fault_at += options.fault_every
         time.sleep(0.2)
     return samples, faults
+
+
+def alive(run: psutil.Process) -> bool:
+    """It has not ended; what nobody has waited for yet still has its process."""
+    try:
+        return bool(run.is_running() and run.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def strike(run: psutil.Process, kind: str, action: str, draw: random.Random) -> list[str]:

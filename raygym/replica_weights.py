@@ -14,7 +14,7 @@ from raygym.engine import Engine, EngineError
 from raygym.in_flight import InFlight, OnUpdate
 from raygym.lease import Beat, Lease, ReplicaState
 from raygym.testing import chaos
-from raygym.version_file import changed_tensors, file_shapes
+from raygym.version_file import changed_tensors, file_shapes, held_open
 from raygym.weights import VersionOffer, WeightsError, WeightsId, check_shapes, checkpoint_shapes, tied_names
 
 
@@ -124,7 +124,8 @@ class ReplicaWeights:
         self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float, load_timeout_s: float
     ) -> Applied:
         if self.failure is not None:
-            raise EngineError("it waits to be replaced, since an update before failed") from self.failure
+            why = f"{type(self.failure).__name__}: {self.failure}"
+            raise EngineError(f"it waits to be replaced, since an update before failed: {why}") from self.failure
         if self.state().weights == offer.weights:
             return Applied(self.state())
         path = offer.paths.get(self._node)
@@ -132,13 +133,14 @@ class ReplicaWeights:
             raise WeightsError(f"version {offer.weights.version} is not on node {self._node} yet")
         started = time.monotonic()
         await asyncio.to_thread(chaos.at, "sync.apply")
-        if problem := self.misfit(await asyncio.to_thread(file_shapes, path)):
-            raise WeightsError(problem)
-        if changed := await asyncio.to_thread(changed_tensors, path, offer.checksums):
-            return Applied(self.state(), f"{len(changed)} tensors had changed on their way", tuple(changed))
-        verified = time.monotonic()
-        async with self._in_flight.updating(on_update, finish_timeout_s) as update:
-            await self._load(path, offer.weights, load_timeout_s)
+        with held_open(path) as held:
+            if problem := self.misfit(await asyncio.to_thread(file_shapes, held)):
+                raise WeightsError(problem)
+            if changed := await asyncio.to_thread(changed_tensors, held, offer.checksums):
+                return Applied(self.state(), f"{len(changed)} tensors had changed on their way", tuple(changed))
+            verified = time.monotonic()
+            async with self._in_flight.updating(on_update, finish_timeout_s) as update:
+                await self._load(held, offer.weights, load_timeout_s)
         seconds = {"verify": verified - started, "load": time.monotonic() - verified}
         return Applied(self.state(), turns_restarted=update.restarted, turns_late=update.late, seconds=seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,6 +12,21 @@ import numpy as np
 
 from raygym.weight_checksums import SummedCopy, sum_up
 from raygym.weights import WeightsError
+
+
+@contextmanager
+def held_open(path: str) -> Iterator[str]:
+    """Another path to the file, for all processes of this node, that stays good when whoever has written it ends.
+
+    Raises:
+        WeightsError: the file cannot be opened.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - an error inside the block is not one of opening
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror}; whoever has written it is gone") from error
+    with file:
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 @contextmanager

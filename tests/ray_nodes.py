@@ -58,6 +58,23 @@ class Node:
             time.sleep(0.1)
 
 
+def wait_until_used(nodes: list[Node]) -> None:
+    """Until Ray spreads what it starts over them, too: it hears of new ones bit by bit."""
+
+    @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+    class Probe:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    deadline = time.monotonic() + 120
+    missing = {node.node_id for node in nodes}
+    while missing:
+        assert time.monotonic() < deadline, f"nothing is started on {missing}"
+        probe = Probe.remote()
+        missing.discard(ray.get(probe.node.remote(), timeout=120))
+        ray.kill(probe)
+
+
 @contextmanager
 def more_nodes(count: int, *options: str) -> Iterator[list[Node]]:
     """Nodes that join the tests' cluster and leave it again; `options` are those of `ray start`."""
@@ -65,6 +82,7 @@ def more_nodes(count: int, *options: str) -> Iterator[list[Node]]:
     try:
         for _ in range(count):  # one after the other: two that start at once on one machine hinder each other
             nodes.append(Node(*options))
+        wait_until_used(nodes)
         yield nodes
     finally:
         for node in nodes:

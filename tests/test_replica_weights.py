@@ -170,6 +170,23 @@ async def test_a_version_that_cannot_be_had_changes_nothing(
     assert not (await replica.update(offer)).problem, "and takes the version when it is there"
 
 
+async def test_a_store_that_is_lost_once_the_version_is_verified_costs_nothing(
+    manifest: Manifest, model_dir: Path
+) -> None:
+    replica, store = Replica(model_dir), WeightSlots(safetensors_header(manifest), manifest.nbytes)
+    offer = offer_of(store, manifest, 1)
+    pause = replica.engine.pause
+
+    async def lose() -> None:
+        store.close()
+        await pause()
+
+    replica.engine.pause = lose  # type: ignore[method-assign]
+    applied = await replica.update(offer)
+    assert (applied.problem, applied.state.weights) == ("", offer.weights)
+    assert "gone" in (await Replica(model_dir).update(offer)).problem
+
+
 async def test_weights_of_another_model_are_refused(slots: WeightSlots, manifest: Manifest, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 4), "b": torch.zeros(8)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")

@@ -219,6 +219,7 @@ def a_stopped_replica(two: Fleet) -> None:
 def a_killed_store(two: Fleet) -> None:
     (store,) = stores()
     store.kill()
+    store.wait(timeout=60)
     published = two.publish()
     assert published.replicas == 2 and published.resent_buckets > 0
     (other,) = stores()

@@ -59,15 +59,15 @@ class Engines:
         return asyncio.run(gather())
 
     def weights(self) -> WeightsId:
-        from raygym.actors.serving import broadcast
+        from raygym.actors.replica_calls import call_replicas
 
-        states = broadcast(self.handle, "state", (), self.config.replicas, 30)
+        states = list(call_replicas(self.handle, "state", timeout_s=30))
         return cast(WeightsId, states[0].weights)
 
     def running(self) -> int:
-        from raygym.actors.serving import broadcast
+        from raygym.actors.replica_calls import call_replicas
 
-        return sum(running for *_, running in broadcast(self.handle, "metrics", (), self.config.replicas, 30))
+        return sum(running for *_, running in call_replicas(self.handle, "metrics", timeout_s=30))
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -248,7 +248,7 @@ def update_in_flight(engines: Engines, learners: Any) -> None:
 def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, then: Any = None) -> None:
     """Train on samples, publish, and compare logprobs of fresh samples: `syncs` times."""
     from raygym.actors.learner_group import LearnerGroup
-    from raygym.actors.serving import broadcast
+    from raygym.actors.replica_calls import call_replicas
 
     replicas = engines.config.replicas
     learners = LearnerGroup.launch(learner, engines.model_dir, temperature=1.0)
@@ -264,7 +264,7 @@ def update_and_compare(engines: Engines, learner: LearnerConfig, syncs: int, the
             learners.update(batch)
             published = sync.publish(engines.version + 1)
             engines.version += 1
-            states = broadcast(engines.handle, "state", (), replicas, 30)
+            states = list(call_replicas(engines.handle, "state", timeout_s=30))
             assert {s.weights for s in states} == {WeightsId(engines.version, published.checksum)}
             assert (published.replicas, published.fenced, published.resent_buckets) == (replicas, 0, 0)
             assert published.control_calls <= 4 + replicas or learner.zero_stage == 3
