@@ -36,7 +36,9 @@ def cores() -> Iterator[Finding]:
     if usable < 2:
         yield warning("cores", text, "give it two or more: engine, learner and environments share them")
     elif load > 2 * usable:
-        yield warning("cores", f"{text}, load {load:.0f}", "other work keeps them busy: starts may exceed their deadlines")
+        yield warning(
+            "cores", f"{text}, load {load:.0f}", "other work keeps them busy: starts may exceed their deadlines"
+        )
     else:
         yield ok("cores", f"{text}, load {load:.1f}")
 
@@ -118,7 +120,9 @@ def clock() -> Iterator[Finding]:
     newest = max(path.stat().st_mtime for path in Path(__file__).parent.glob("*.py"))
     text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if newest > now + _CLOCK_AHEAD_S:
-        yield problem("clock", f"{text}, before raygym's own files were written", "set the clock (timedatectl set-ntp true)")
+        yield problem(
+            "clock", f"{text}, before raygym's own files were written", "set the clock (timedatectl set-ntp true)"
+        )
     else:
         yield ok("clock", text)
 

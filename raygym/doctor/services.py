@@ -22,7 +22,10 @@ _RAY_PORT, _DASHBOARD_PORT = 6379, 8265
 def ports() -> Iterator[Finding]:
     """Whether the loopback interface can be listened on, and connected to, at ports that the system chooses."""
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), _CONNECT_S):
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname(), _CONNECT_S),
+        ):
             pass
     except OSError as error:
         advice = "allow it (firewall, sandbox): Ray and the engines talk over the loopback interface"
