@@ -8,11 +8,11 @@ from typing import Any
 _WIDTH = 80
 _NAMES = 26
 """Columns that an option and its value may take before its text."""
-_SAID_BY_USAGE = "positional arguments"
+_SAID_BY_USAGE = ("positional arguments", "options")
 
 
 class CompactHelp(argparse.HelpFormatter):
-    """One line an option, and no heading for what the usage line names already."""
+    """One line an option, and no headings for what the usage line tells apart already."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         """As argparse calls it; newer versions of Python give more options."""
@@ -21,7 +21,7 @@ class CompactHelp(argparse.HelpFormatter):
 
     def start_section(self, heading: str | None) -> None:
         """Begin a group of arguments."""
-        super().start_section(argparse.SUPPRESS if heading == _SAID_BY_USAGE else heading)
+        super().start_section(argparse.SUPPRESS if heading in _SAID_BY_USAGE else heading)
 
 
 class Command(argparse.ArgumentParser):
