@@ -9,7 +9,7 @@ import sys
 import ray
 from ray._common.usage.usage_lib import get_cluster_metadata
 from ray._private.services import canonicalize_bootstrap_address_or_die
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # of a compiled module
 
 
 def main(address: str) -> None:

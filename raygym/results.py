@@ -13,6 +13,7 @@ from typing import Any, Literal
 from raygym.checkpoint import CheckpointStore
 from raygym.config import RunConfig
 from raygym.config_file import load_config
+from raygym.report.command import write_report
 from raygym.run_reading import UnreadableRun, json_file, json_lines, parsed_trajectory, trajectory_files
 from raygym.types import Trajectory
 
@@ -74,6 +75,10 @@ class Run:
         """
         for _, path in trajectory_files(self.path, kind):
             yield from map(parsed_trajectory, json_lines(path))
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write report.html and report.md as `raygym report` does, by default into its folder; returns the first."""
+        return write_report(self.path, None if out is None else Path(out))[0]
 
     def __repr__(self) -> str:
         """One line: where it is and how far."""

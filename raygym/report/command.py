@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from raygym.report.drawing import number, svg
 from raygym.whole_file import write_whole
 
 _TREND = 32
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-"""Characters that a page must not have, as the pictures that Unicode has of them."""
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_REORDERING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}")
+_VISIBLE: dict[int, int | str] = {**_PICTURES, **_REORDERING}
+"""Characters that a page must not have, and those that show text in another order than it is in."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~!])")
 
 
@@ -71,8 +72,8 @@ def _environment(*, escaping: bool) -> jinja2.Environment:
 
 
 def shown(text: str) -> str:
-    """The text with its control characters visible."""
-    return text.translate(_CONTROLS)
+    """The text with its control characters to be seen."""
+    return text.translate(_VISIBLE)
 
 
 def cell(text: Any) -> str:
@@ -91,7 +92,6 @@ def trend(series: Series) -> str:
     return sparkline([value for _, value in thinned(series.points, _TREND)])
 
 
-def percent(shares: Iterable[float] | float) -> str:
+def percent(share: float) -> str:
     """A share as people write it."""
-    assert isinstance(shares, float)
-    return f"{shares:.0%}" if shares >= 0.01 else f"{shares:.1%}"
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"

@@ -122,7 +122,7 @@ def _state(run: Path, columns: Columns, summary: dict[str, Any], events: list[di
 def _headline(columns: Columns, config: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     def from_to(name: str) -> str:
         points = columns[name]
-        return f"{number(points[0][1])} → {number(points[-1][1])}" if points else "-"
+        return f"{points[0][1]:.3f} → {points[-1][1]:.3f}" if points else "-"
 
     rate = columns.total("tokens/generated") / max(columns.total("time/step_s"), 1e-9)
     return (
@@ -141,7 +141,10 @@ def _facts(run: Path, columns: Columns, config: dict[str, Any], summary: dict[st
         ("method", f"{learner.get('algorithm', 'grpo')}, learning rate {learner.get('lr', '?')}"),
         ("batch", f"{rollout.get('groups_per_step', '?')} groups x {rollout.get('group_size', '?')} episodes a step"),
         ("episodes", f"{columns.total('episodes/completed'):,.0f}"),
-        ("tokens", f"{columns.total('tokens/generated'):,.0f} generated, {columns.total('tokens/trained'):,.0f} trained"),
+        (
+            "tokens",
+            f"{columns.total('tokens/generated'):,.0f} generated, {columns.total('tokens/trained'):,.0f} trained",
+        ),
     ]
     saved = summary.get("checkpoint")
     facts += [("checkpoint", str(saved))] if saved else []

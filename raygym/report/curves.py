@@ -18,6 +18,11 @@ class Series:
     label: str
     points: Points
     """At most 240, each the mean of the steps up to it."""
+    first: float
+    last: float
+    lowest: float
+    highest: float
+    """Of single steps, as are those before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +60,13 @@ def charts(columns: Columns) -> list[Chart]:
     for title, unit, lines in drawn:
         lines = [(label, points) for label, points in lines if any(value for _, value in points)]
         if lines:
-            series = tuple(Series(label, thinned(points)) for label, points in lines[:_MOST_SERIES])
-            found.append(Chart(title, unit, series))
+            found.append(Chart(title, unit, tuple(_series(*line) for line in lines[:_MOST_SERIES])))
     return found
+
+
+def _series(label: str, points: Points) -> Series:
+    values = [value for _, value in points]
+    return Series(label, thinned(points), values[0], values[-1], min(values), max(values))
 
 
 def thinned(points: Sequence[tuple[int, float]], most: int = _MOST_POINTS) -> Points:

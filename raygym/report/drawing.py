@@ -33,8 +33,9 @@ def svg(chart: Chart) -> Markup:
     steps = [step for series in chart.series for step, _ in series.points]
     values = [value for series in chart.series for _, value in series.points]
     y_ticks = ticks(min(values), max(values))
-    x_ticks = [tick for tick in ticks(min(steps), max(steps)) if tick == int(tick) and min(steps) <= tick <= max(steps)]
-    x = _Axis(min(steps), max(max(steps), min(steps) + 1), _LEFT, _WIDTH - _RIGHT)
+    last = max(*steps, 1)
+    x_ticks = [tick for tick in ticks(0, last) if tick == int(tick) and tick <= last]
+    x = _Axis(0, last, _LEFT, _WIDTH - _RIGHT)
     y = _Axis(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
     parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, _HEIGHT, _said(chart))]
     for tick in y_ticks:
@@ -79,7 +80,7 @@ def number(value: float | None) -> str:
 
 def _said(chart: Chart) -> str:
     """The chart for who cannot see it."""
-    told = [f"{s.label} from {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in chart.series]
+    told = [f"{s.label} from {number(s.first)} to {number(s.last)}" for s in chart.series]
     return f"{chart.title}: {'; '.join(told)}"
 
 

@@ -48,7 +48,7 @@ def _environment(columns: Columns, label: str, suffix: str) -> Environment:
         reward_first=first,
         reward_last=last,
         turns=columns.mean(f"episodes/turns_mean{suffix}"),
-        tokens=tokens / episodes if episodes else None,
+        tokens=tokens / episodes if episodes and tokens else None,
         step_s=columns.mean(f"{prefix}step_s"),
         failed=int(columns.total(f"{prefix}failed")),
         own=tuple((name, *_ends(columns[prefix + name])) for name in own if name not in ("step_s", "failed")),

@@ -99,7 +99,7 @@ class _Kept:
 def _episode(step: int, record: Mapping[str, Any]) -> Episode:
     turns = record["turns"]
     tokens = sum(turn["end"] - turn["start"] for turn in turns)
-    facts = [f"{len(turns)} turns", f"{tokens} tokens", record["status"]]
+    facts = [f"{len(turns)} turn{'s' * (len(turns) != 1)}", f"{tokens} tokens", record["status"]]
     facts += [f"attempt {record['attempt'] + 1}"] if record["attempt"] else []
     facts += ["rendering drifted"] if record["drifted"] else []
     components = record.get("reward_components") or {}
@@ -152,9 +152,22 @@ def clipped(text: str) -> str:
 
 
 def _is_trajectory(record: Mapping[str, Any]) -> bool:
-    kinds = {"env": str, "task": int, "reward": int | float, "turns": list, "messages": list, "status": str}
+    kinds: dict[str, Any] = {
+        "env": str,
+        "task": int,
+        "reward": int | float,
+        "turns": list,
+        "messages": list,
+        "status": str,
+    }
     kinds |= {"attempt": int, "drifted": bool}
-    turn = {"start": int, "end": int, "reward": int | float, "generate_s": int | float, "finish_reason": str}
+    turn: dict[str, Any] = {
+        "start": int,
+        "end": int,
+        "reward": int | float,
+        "generate_s": int | float,
+        "finish_reason": str,
+    }
     return (
         all(isinstance(record.get(key), kind) for key, kind in kinds.items())
         and all(isinstance(message, dict) for message in record["messages"])
