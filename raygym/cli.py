@@ -141,7 +141,7 @@ def _add_report(commands: Any) -> None:
     text = "write a run's curves, config and episodes as one web page"
     parser = commands.add_parser("report", help=text, description=text[0].upper() + text[1:] + ", and as Markdown.")
     parser.epilog = "example: raygym report runs/demo"
-    parser.add_argument("run", type=Path, help="a run's folder, whether it has ended, goes on, or was killed")
+    parser.add_argument("run", type=Path, help="a run's or a rollout's folder, ended or not")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put report.html and report.md (default: it)")
 
 

@@ -119,6 +119,10 @@ class Rollout:
         """Episodes, those of tasks that were given up not counted."""
         return int(self.summary.get("episodes", 0))
 
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write report.html and report.md as `raygym report` does, by default into its folder; returns the first."""
+        return write_report(self.path, None if out is None else Path(out))[0]
+
     def __repr__(self) -> str:
         """One line: how many episodes, and the reward."""
         reward = self.summary.get("reward")

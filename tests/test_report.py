@@ -202,6 +202,29 @@ def test_without_trained_trajectories_the_last_validation_is_shown(tmp_path: Pat
     assert extremes(tmp_path / "none", pytest.fail).best == ()
 
 
+def test_a_rollout_has_a_report_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{name: played, policy: {model: tiny}}")
+    env = {"episodes": 4, "turns_mean": 1.5, "tokens": 40, "failures": {"env_error": 2}, "reward": 0.5,
+           "pass_at": {"1": 0.25, "2": 0.75}}  # fmt: skip
+    summary = {"tasks": 3, "missing_tasks": 1, "samples": 2, "split": "train", "seconds": 70.0, "tokens_per_s": 9.5,
+               "temperature": 1.0, "episodes": 4, "reward": 0.5, "reward_stderr": 0.1, "pass_at": env["pass_at"],
+               "failures": {"env_error": 2}, "envs": {ENV: env}}  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    lines(tmp_path / "trajectories.jsonl", [trajectory(i // 2, i / 4) for i in range(4)])
+    contents = read_contents(tmp_path)
+    assert contents.state == "3 tasks of train x 2, played in 1m10s; 1 task is missing"
+    assert dict(contents.headline) == {"reward": "0.5 ± 0.1", "pass@1": "0.25", "pass@2": "0.75", "episodes": "4",
+                                       "tokens a second": "9.5"}  # fmt: skip
+    assert contents.environments[0].tokens == 10 and contents.environments[0].failed == 2
+    assert contents.episodes.where == "the rollout" and [e.reward for e in contents.episodes.best] == [0.75, 0.25]
+    assert "answer 1" in html(contents) and "pass@2" in markdown(contents)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "request.json").write_text('{"tasks": 3, "samples": 2, "split": "train"}')
+    contents = read_contents(tmp_path)
+    assert contents.state == "not finished: 3 tasks of train x 2" and not contents.finished
+    assert len(contents.episodes.best) == 2 and "answer 1" in html(contents)
+
+
 def test_messages_of_every_form_are_shown(tmp_path: Path) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"q": 1}'}}
     messages = [

@@ -11,6 +11,7 @@ import yaml
 
 import raygym
 from raygym.live_console import duration
+from raygym.report import played
 from raygym.report.columns import Columns
 from raygym.report.curves import Chart, charts
 from raygym.report.drawing import number
@@ -65,22 +66,25 @@ def read_contents(run: Path) -> Contents:
     text, config = _config(run)
     columns = Columns(json_lines(run / "metrics.jsonl", damaged))
     try:
-        summary = json_file(run / "summary.json")
+        summary = {**json_file(run / "request.json"), **json_file(run / "summary.json")}
     except UnreadableRun as error:
         summary = {}
         damaged(str(error))
     events = [event for event in json_lines(run / "events.jsonl", damaged)]
     failures = {name.rpartition("/")[2]: int(columns.total(name)) for name in columns.names("episodes/failed/")}
     labels = [str(env.get("name") or env.get("id")) for env in _sections(config, "envs")]
+    rollout = played.is_rollout(summary)
+    if rollout:
+        failures = dict(summary.get("failures", {}))
     return Contents(
         name=str(config.get("name") or run.name),
-        state=_state(run, columns, summary, events),
-        finished=bool(summary),
-        headline=_headline(columns, config),
+        state=played.state(summary) if rollout else _state(run, columns, summary, events),
+        finished="seconds" in summary,
+        headline=played.headline(summary) if rollout else _headline(columns, config),
         facts=_facts(run, columns, config, summary),
         charts=tuple(charts(columns)),
         time_split=_time_split(columns),
-        environments=tuple(environments(columns, labels)),
+        environments=tuple(played.environments(summary) if rollout else environments(columns, labels)),
         failures=tuple(sorted(failures.items(), key=lambda item: -item[1])),
         alarms=_alarms(run, damaged=damaged),
         events=tuple(_event(event) for event in events[-_MOST_TOLD:]),
@@ -138,13 +142,15 @@ def _facts(run: Path, columns: Columns, config: dict[str, Any], summary: dict[st
     facts = [
         ("folder", str(run.resolve())),
         ("policy", f"{policy.get('model', '?')}, {policy.get('replicas', 1)} x {policy.get('engine', 'vllm')}"),
+    ]
+    if played.is_rollout(summary):
+        return (*facts, ("temperature", number(summary.get("temperature"))))
+    generated, trained = columns.total("tokens/generated"), columns.total("tokens/trained")
+    facts += [
         ("method", f"{learner.get('algorithm', 'grpo')}, learning rate {learner.get('lr', '?')}"),
         ("batch", f"{rollout.get('groups_per_step', '?')} groups x {rollout.get('group_size', '?')} episodes a step"),
         ("episodes", f"{columns.total('episodes/completed'):,.0f}"),
-        (
-            "tokens",
-            f"{columns.total('tokens/generated'):,.0f} generated, {columns.total('tokens/trained'):,.0f} trained",
-        ),
+        ("tokens", f"{generated:,.0f} generated, {trained:,.0f} trained"),
     ]
     saved = summary.get("checkpoint")
     facts += [("checkpoint", str(saved))] if saved else []

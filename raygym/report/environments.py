@@ -19,6 +19,7 @@ class Environment:
     episodes: int
     reward_first: float | None
     reward_last: float | None
+    """Means over the first and the last tenth of the steps."""
     turns: float | None
     tokens: float | None
     """Generated, an episode."""

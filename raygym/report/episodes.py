@@ -50,15 +50,16 @@ class Extremes:
 
 
 def extremes(run: Path, damaged: Callable[[str], None]) -> Extremes:
-    """Read the last steps' trajectories one at a time; without any, those of the last validation."""
+    """Read the last steps' trajectories one at a time; without any, those of the last validation, or of a rollout."""
     files = trajectory_files(run, "step")
     if files:
         first = files[-1][0] - max(1, round(_LAST_SHARE * files[-1][0])) + 1
         files = [(step, path) for step, path in files if step >= first]
         where = f"steps {files[0][0]} to {files[-1][0]}" if len(files) > 1 else f"step {files[0][0]}"
+    elif files := trajectory_files(run, "validation")[-1:]:
+        where = f"the validation after step {files[0][0]}"
     else:
-        files = trajectory_files(run, "validation")[-1:]
-        where = f"the validation after step {files[0][0]}" if files else ""
+        files, where = [(0, run / "trajectories.jsonl")], "the rollout"
     best, worst = _Kept(1.0), _Kept(-1.0)
     for step, path in files:
         for record in json_lines(path, damaged):
