@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raygym.env import ChatEnv
+    from raygym.config import ConfigError, RunConfig
+    from raygym.env import ChatEnv, EnvError
+    from raygym.errors import RaygymError, RunFailed
+    from raygym.python_api import make, rollout, train
+    from raygym.results import Rollout, Run
     from raygym.tool_env import End, ToolEnv, ToolError, tool
+    from raygym.types import Trajectory
 
-__all__ = ["ChatEnv", "End", "ToolEnv", "ToolError", "__version__", "tool"]
+__all__ = [
+    "ChatEnv", "ConfigError", "End", "EnvError", "RaygymError", "Rollout", "Run", "RunConfig", "RunFailed", "ToolEnv",
+    "ToolError", "Trajectory", "__version__", "make", "rollout", "tool", "train",
+]  # fmt: skip
 __version__ = "0.1.0"
+
+_WHERE = {
+    "raygym.config": ("ConfigError", "RunConfig"),
+    "raygym.env": ("ChatEnv", "EnvError"),
+    "raygym.errors": ("RaygymError", "RunFailed"),
+    "raygym.python_api": ("make", "rollout", "train"),
+    "raygym.results": ("Rollout", "Run"),
+    "raygym.tool_env": ("End", "ToolEnv", "ToolError", "tool"),
+    "raygym.types": ("Trajectory",),
+}
+_MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Gymnasium takes half a second to import, and `raygym --help` needs none of it.
-    if name == "ChatEnv":
-        from raygym.env import ChatEnv
+    # Gymnasium and pydantic take half a second to import, and `raygym --help` needs none of them.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'raygym' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return found
 
-        return ChatEnv
-    if name in ("End", "ToolEnv", "ToolError", "tool"):
-        from raygym import tool_env
 
-        return getattr(tool_env, name)
-    raise AttributeError(f"module 'raygym' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

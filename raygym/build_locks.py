@@ -31,21 +31,32 @@ def remove_stale_locks(folder: Path) -> list[Path]:
     Returns:
         The files that were removed.
     """
-    locks = {lock: status for lock in folder.glob("**/lock") if (status := _status(lock))}
-    if not locks:
-        return []
-    held = _open_files()
     removed = []
-    for lock, status in locks.items():
-        old = time.time() - status.st_mtime > _SURELY_OVER_S
-        if (status.st_dev, status.st_ino) in held or not (old or _is_local(lock)):
-            continue
+    for lock, status in _stale(folder):
         # Not the lock of a rank that has removed the stale one first, and compiles now.
         if (now := _status(lock)) and now.st_mtime_ns == status.st_mtime_ns:
             lock.unlink(missing_ok=True)
             logger.warning("removed %s: a compile that was killed had left it, and loading would wait for it", lock)
             removed.append(lock)
     return removed
+
+
+def stale_locks(folder: Path) -> list[Path]:
+    """What `remove_stale_locks` would remove."""
+    return [lock for lock, _ in _stale(folder)]
+
+
+def _stale(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    locks = {lock: status for lock in folder.glob("**/lock") if (status := _status(lock))}
+    if not locks:
+        return []
+    held = _open_files()
+    found = []
+    for lock, status in locks.items():
+        old = time.time() - status.st_mtime > _SURELY_OVER_S
+        if (status.st_dev, status.st_ino) not in held and (old or _is_local(lock)):
+            found.append((lock, status))
+    return found
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -18,11 +18,15 @@ from raygym.argument_types import at_least_one
 from raygym.check_options import add_options
 from raygym.config import ConfigError, RunConfig
 from raygym.config_file import load_config
+from raygym.doctor import command as doctor_command
+from raygym.errors import RaygymError
+from raygym.help_format import Command
 from raygym.live_console import Verbosity
 from raygym.rollout_store import Request
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 _OVERRIDES = "key.path=value"
+_WITH_OVERRIDES = f"%(prog)s [options] config [{_OVERRIDES} ...]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.command == "env":
         return _check_env(options.id, options.kwargs, options.turns)
+    if options.command == "doctor":
+        return doctor_command.doctor(quick=options.quick, as_json=options.json)
+    if options.command == "report":
+        return _report(options.run, options.out)
     try:
         if options.command == "rollout":
             return _rollout(options)
@@ -59,7 +67,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Command(
         prog="raygym",
         description="Train language-model agents by reinforcement learning on Ray.",
         epilog="example: raygym train configs/demo.yaml learner.lr=1e-5",
@@ -67,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("train", "train a policy and write runs/<name>/"),
-        ("eval", "validate a policy on the held-out tasks and print the result as JSON"),
-        ("serve", "serve a policy over an OpenAI-compatible HTTP API until interrupted"),
+        ("eval", "play the held-out tasks once and print the result as JSON"),
+        ("serve", "serve a policy over an OpenAI-compatible HTTP API"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _with_config(command, name)
@@ -86,27 +94,36 @@ def _parser() -> argparse.ArgumentParser:
     viewer.add_argument("--port", type=int, metavar="N", help="on 127.0.0.1; 0: any free one (default: 8642, if free)")
     viewer.add_argument("--open", action="store_true", help="open it in the browser")
     viewer.epilog = "example: raygym view runs/demo --open"
+    _add_report(commands)
     config = commands.add_parser("config", help="check a run config", description="Work with run configs.")
+    config.epilog = "example: raygym config check configs/demo.yaml seed=1"
     check = config.add_subparsers(dest="config_command", required=True, metavar="COMMAND").add_parser(
-        "check", help="validate a run config, print it with every default, and tell what the run needs"
+        "check",
+        help="validate it, print it whole, tell what the run needs",
+        description="Validate a run config, print it whole, and tell what the run needs.",
     )
     _with_config(check, "config check")
     add_options(check)
     env = commands.add_parser("env", help="check an environment", description="Work with environments.")
+    env.epilog = "example: raygym env check my_env:Guess"
     check = env.add_subparsers(dest="env_command", required=True, metavar="COMMAND").add_parser(
         "check",
-        help="play an environment as a run would and tell what is wrong with it",
+        help="play it as a run would, and tell what is wrong",
+        description="Play an environment as a run would, and tell what is wrong with it.",
         epilog="example: raygym env check my_env:Guess --kwargs '{high: 50}'",
     )
     check.add_argument("id", help="a registered id, or module:Class")
     check.add_argument("--kwargs", default="{}", metavar="YAML", help="what its constructor gets")
     check.add_argument("--turns", type=int, default=64, help="by when an episode must have ended (default: 64)")
+    text = doctor_command.TEXT
+    doctor_command.add_options(commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + "."))
     return parser
 
 
 def _with_config(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("config", help="a YAML run config")
     parser.add_argument("overrides", nargs="*", metavar=_OVERRIDES, help="change single values of the config")
+    parser.usage = _WITH_OVERRIDES
     parser.epilog = f"example: raygym {command} configs/demo.yaml seed=1"
 
 
@@ -126,16 +143,37 @@ def _add_rollout(commands: Any) -> None:
     )
     _with_config(parser, "rollout")
     _with_verbosity(parser)
-    parser.epilog = "example: raygym rollout configs/demo.yaml --tasks 100 --samples 8 --temperature 1"
+    parser.epilog = "example: raygym rollout configs/demo.yaml --tasks 100 --samples 8"
     parser.add_argument(
         "--tasks", type=at_least_one, metavar="N", help="default: validation.tasks of the config, or 64"
     )
     parser.add_argument("--samples", type=at_least_one, metavar="K", default=1, help="episodes of each (default: 1)")
-    parser.add_argument("--split", choices=("train", "validation"), default="validation", help="default: validation")
+    splits = ("train", "validation")
+    parser.add_argument(
+        "--split", choices=splits, default=splits[1], metavar="SPLIT", help="train or validation (default)"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="default: what the config says for the split")
     parser.add_argument("--success", type=float, metavar="R", default=1.0, help="its reward, for pass@k (default: 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: rollouts/<name of the run>")
     parser.add_argument("--fresh", action="store_true", help="move an earlier folder aside instead of going on in it")
+
+
+def _add_report(commands: Any) -> None:
+    text = "write a run's curves, config and episodes as one web page"
+    parser = commands.add_parser("report", help=text, description=text[0].upper() + text[1:] + ", and as Markdown.")
+    parser.epilog = "example: raygym report runs/demo"
+    parser.add_argument("run", type=Path, help="a run's or a rollout's folder, ended or not")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to put report.html and report.md (default: it)")
+
+
+def _report(run: Path, out: Path | None) -> int:
+    try:
+        for path in importlib.import_module("raygym.report.command").write_report(run, out):
+            print(path)
+    except RaygymError as error:
+        print(f"raygym: {error}", file=sys.stderr)
+        return BAD_USAGE
+    return DONE
 
 
 def _rollout(options: argparse.Namespace) -> int:

@@ -7,7 +7,8 @@ the key, the value found and the value expected.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,9 +38,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections (name, steps, policy, envs, ...)")
+    return build_config(data, overrides, source=str(path))
+
+
+def build_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> RunConfig:
+    """`load_config` of what is parsed already, and stays as it is. Raises ConfigError."""
+    own = deepcopy(dict(data))
     for override in overrides:
-        _apply_override(data, override)
-    return parse_config(data, source=str(path))
+        _apply_override(own, override)
+    return parse_config(own, source)
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> RunConfig:

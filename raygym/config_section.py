@@ -6,13 +6,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raygym.errors import RaygymError
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
-class ConfigError(ValueError):
+class ConfigError(RaygymError, ValueError):
     """A config that cannot run. The text is one message for a person: key, what was found, what is expected."""
 
 

@@ -23,6 +23,7 @@ import gymnasium
 import numpy as np
 
 import raygym.envs  # noqa: F401 - registers the built-in environments
+from raygym.errors import RaygymError
 from raygym.installed_envs import installed_env, installed_env_ids
 from raygym.types import Message
 
@@ -31,7 +32,7 @@ _SUM_TOLERANCE = 1e-6
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class EnvError(ValueError):
+class EnvError(RaygymError, ValueError):
     """An environment that cannot be made, or that returned something outside the contract. The text says which."""
 
 

@@ -11,19 +11,28 @@ from pathlib import Path
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
+def own_folder() -> Path:
+    """`TORCH_EXTENSIONS_DIR` where the user has chosen one, else this environment's own.
+
+    Raises:
+        PackageNotFoundError: torch or deepspeed is not installed.
+    """
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    what = f"{sys.prefix} {version('torch')} {version('deepspeed')}"
+    return cache / "raygym" / "torch_extensions" / hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
+
+
 def use_own_folder() -> Path:
-    """Make torch keep this environment's extensions in a folder of their own; call it before one is loaded.
+    """Make torch keep this environment's extensions in its `own_folder`; call it before one is loaded.
 
     In one folder for all, whichever environment (or clone) starts next compiles everything again for minutes, since the
-    compiler's arguments name its paths, and leaves those that run with a library that was replaced under them. A
-    folder that the user has chosen, by `TORCH_EXTENSIONS_DIR`, is kept.
+    compiler's arguments name its paths, and leaves those that run with a library that was replaced under them.
 
     Returns:
         The folder.
     """
-    if not os.environ.get(VARIABLE):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        what = f"{sys.prefix} {version('torch')} {version('deepspeed')}"
-        key = hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
-        os.environ[VARIABLE] = str(cache / "raygym" / "torch_extensions" / key)
-    return Path(os.environ[VARIABLE])
+    folder = own_folder()
+    os.environ[VARIABLE] = str(folder)
+    return folder

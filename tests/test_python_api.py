@@ -1,0 +1,209 @@
+"""`import raygym as rg`: train, rollout and make as functions, whose errors are one family and never an exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiers import only_long
+
+import raygym as rg
+from raygym import command_process
+from raygym.config_file import load_config
+from raygym.python_api import as_config
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
+SIMULATED: dict[str, Any] = {"policy.engine": "simulated", "checkpoint.save_final": False, "steps": 2}
+
+
+def program(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Have `code` be the command that runs."""
+    monkeypatch.setattr(command_process, "_PROGRAM", [sys.executable, "-c", code])
+
+
+def test_importing_raygym_imports_nothing_else() -> None:
+    code = (
+        "import raygym, sys; dir(raygym); print({'numpy', 'pydantic', 'gymnasium', 'ray', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(rg, name) is not None for name in rg.__all__)
+    assert set(rg.__all__) <= set(dir(rg))
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = rg.no_such
+
+
+def test_a_config_may_have_any_form() -> None:
+    whole = load_config(TINY, ["learner.lr=1e-5", "steps=7"])
+    mapping = whole.model_dump(mode="json", exclude_unset=True)
+    changes = {"learner.lr": 1e-5, "steps": 7}
+    assert as_config(TINY, changes) == as_config(str(TINY), ["learner.lr=1e-5", "steps=7"]) == whole
+    assert as_config(load_config(TINY), changes) == whole
+    assert as_config(whole) is whole
+    before = mapping["steps"]
+    assert as_config(mapping, {"steps": 9}).steps == 9
+    assert mapping["steps"] == before, "the caller's mapping stays as it is"
+
+
+def test_what_follows_from_a_key_follows_its_override() -> None:
+    config = load_config(TINY, ["learner.algorithm=grpo"])
+    assert as_config(config, {"learner.algorithm": "dapo"}).learner.overlong == "shaped"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: rg.train("nowhere.yaml"), ["nowhere.yaml", "cannot be read"]),
+        (lambda: rg.train(TINY, {"learner.lrr": 1}), ["learner.lrr", "unknown key"]),
+        (lambda: rg.train(TINY, "steps=1"), ["overrides", "list"]),
+        (lambda: rg.train(TINY, {"steps": object()}), ["overrides", "object"]),
+        (lambda: rg.train({"steps": 1}), ["name", "policy", "envs"]),
+        (lambda: rg.rollout(), ["policy and env"]),
+        (lambda: rg.rollout(TINY, kwargs={"high": 3}), ["kwargs", "env"]),
+        (lambda: rg.rollout(TINY, samples=0), ["samples", "0"]),
+        (lambda: rg.make("raygym/NumberGues-v0"), ["raygym/NumberGuess-v0"]),
+        (lambda: rg.make("raygym/NumberGuess-v0", hihg=3), ["hihg"]),
+        (lambda: rg.Run("/no/such/run"), ["/no/such/run", "raygym train"]),
+    ],
+)
+def test_errors_are_one_family_and_say_what_is_wrong(call: Any, words: list[str]) -> None:
+    with pytest.raises(rg.RaygymError) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert isinstance(caught.value, ValueError)
+
+
+def test_what_only_the_command_can_know_is_a_config_error_too() -> None:
+    with pytest.raises(rg.ConfigError, match=r"^envs\.0: .*did you mean raygym/NumberGuess-v0"):
+        rg.rollout(policy="tiny", env="raygym/NumberGues-v0", quiet=True)
+
+
+def test_make_gives_the_environment_itself() -> None:
+    env = rg.make("raygym/NumberGuess-v0", high=20)
+    messages, info = env.reset(seed=0)
+    assert messages[-1]["role"] == "user"
+    _, reward, terminated, _, _ = env.step({"role": "assistant", "content": str(info["secret"])})
+    assert (reward, terminated) == (1.0, True)
+
+
+def test_a_failed_run_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    program(monkeypatch, "import sys; print('noise\\nraygym: train failed: no GPU', file=sys.stderr); sys.exit(1)")
+    with pytest.raises(rg.RunFailed, match=r"^train failed: no GPU$"):
+        rg.train(TINY)
+
+
+def test_a_run_that_dies_says_how_and_what_it_said_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    program(monkeypatch, "import os, sys; print('last words', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)")
+    with pytest.raises(rg.RunFailed, match=r"ended by signal 9; [^\0]*last words"):
+        rg.train(TINY)
+
+
+_A_RUN = """
+import os, shutil, sys
+from raygym.config_file import load_config
+config = load_config(sys.argv[2])
+config.run_dir.mkdir(parents=True)
+shutil.copy(sys.argv[2], config.run_dir / "config.yaml")
+rows = ['{"step": 0, "val/reward": 0.25}', '{"step": 1, "reward/mean": 0.5}', '{"step": 2']
+(config.run_dir / "metrics.jsonl").write_text("\\n".join(rows))
+(config.run_dir / "summary.json").write_text('{"steps": 1}')
+print("it went", sys.argv[1], *sys.argv[3:], "colours" * ("FORCE_COLOR" in os.environ))
+"""
+
+
+async def test_a_run_inside_an_event_loop_prints_where_its_caller_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a notebook's kernel has it
+    program(monkeypatch, _A_RUN)
+    assert asyncio.get_running_loop().is_running()
+    with contextlib.redirect_stdout(io.StringIO()) as out:  # like a cell's output, it has no descriptor
+        run = rg.train(TINY, {"runs_dir": str(tmp_path)}, fresh=True)
+    assert out.getvalue() == "it went train --fresh \n"
+    assert run.path == tmp_path / "tiny"
+    assert run.finished and run.summary == {"steps": 1}
+    assert run.metrics == [{"step": 0, "val/reward": 0.25}, {"step": 1, "reward/mean": 0.5}], "the cut line is left out"
+    assert run.validation_reward == {0: 0.25}
+    assert run.config.name == "tiny" and run.checkpoint is None
+    assert "2 rows" in repr(run) and "<table>" in run._repr_html_()
+
+
+_STOPPED_BY_ITS_OWNER = """
+import raygym.cli, sys, time, pathlib, runpy
+def main():
+    pathlib.Path(sys.argv[1]).write_text("up")
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pathlib.Path(sys.argv[1]).write_text("stopped")
+        return 130
+raygym.cli.main = main
+runpy.run_module("raygym.owned_command", run_name="__main__")
+"""
+
+
+def _once(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text() == text):
+        assert time.monotonic() < deadline, f"{path} does not become {text!r}"
+        time.sleep(0.02)
+
+
+def test_an_interrupt_stops_the_run_and_is_raised_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    program(monkeypatch, _STOPPED_BY_ITS_OWNER)
+
+    def interrupt() -> None:
+        _once(mark, "up")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        command_process.run_command([str(mark)])
+    assert mark.read_text() == "stopped"
+
+
+def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    code = (
+        "import sys; from raygym import command_process\n"
+        f"command_process._PROGRAM = [sys.executable, '-c', {_STOPPED_BY_ITS_OWNER!r}]\n"
+        f"command_process.run_command([{str(mark)!r}])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as caller:
+        _once(mark, "up")
+        caller.kill()
+    _once(mark, "stopped")
+
+
+@only_long  # two starts, each a quarter of a minute
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+async def test_a_real_run_and_a_real_rollout_inside_an_event_loop(tmp_path: Path) -> None:
+    run = rg.train(TINY, {**SIMULATED, "runs_dir": str(tmp_path)}, quiet=True)
+    assert [row["step"] for row in run.metrics] == [0, 1, 2]
+    assert run.finished and sorted(run.validation_reward) == [0, 2]
+    trained = list(run.trajectories())
+    assert len(trained) == 2 * run.config.rollout.groups_per_step * run.config.rollout.group_size
+    assert all(t.loss_mask.any() and len(t.token_ids) == len(t.logprobs) for t in trained)
+    played = rg.rollout(run.config, env="raygym/Arithmetic-v0", tasks=3, samples=2, quiet=True)
+    assert len(played) == len(list(played)) == 6
+    assert {t.task.env for t in played} == {"raygym/Arithmetic-v0"}
+    path = played.path
+    assert path.is_dir()
+    del played
+    assert not path.exists()

@@ -1,0 +1,290 @@
+"""`raygym report`: one page without a script or an address, right for runs that ended, go on, or were killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raygym import cli
+from raygym.report.columns import Columns
+from raygym.report.command import cell, fence, html, markdown, write_report
+from raygym.report.contents import read_contents
+from raygym.report.curves import charts, thinned
+from raygym.report.drawing import number, ticks
+from raygym.report.episodes import clipped, extremes
+from raygym.run_reading import UnreadableRun
+
+ENV = "a <script>alert(1)</script>"
+EVIL = "</pre><script>alert(1)</script> ```` \x1b[31m \ud800 \u202e <img src=http://x onerror=alert(2)>"
+
+
+def trajectory(task: int, reward: float, **changes: Any) -> dict[str, Any]:
+    turn = {"start": 4, "end": 9, "reward": reward, "finish_reason": "length", "generate_s": 0.5, "env_s": 0.1}
+    messages = [{"role": "user", "content": EVIL}, {"role": "assistant", "content": f"answer {task}"}]
+    return {"env": ENV, "task": task, "seed": 0, "split": "train", "group_id": "g", "episode": 0, "attempt": 0,
+            "status": "terminated", "failure": None, "reward": reward, "drifted": False, "messages": messages,
+            "turns": [turn], "sampling": {"temperature": 1.0, "max_tokens": 5}, "metrics": {}, "reward_components": {},
+            "token_ids": [1] * 9, "loss_mask": [0] * 4 + [1] * 5, "logprobs": [0.0] * 9,
+            "weight_versions": [0] * 9, **changes}  # fmt: skip
+
+
+def lines(path: Path, records: list[dict[str, Any]], end: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 20 steps that was killed while it wrote."""
+    path = tmp_path / "runs" / "mine"
+    path.mkdir(parents=True)
+    config = {"name": "mine <b>", "steps": 40, "policy": {"model": "tiny"}, "envs": [{"id": "x", "name": ENV}],
+              "rollout": {"groups_per_step": 4, "group_size": 2}, "learner": {"lr": 1e-6}}  # fmt: skip
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [{"step": s, "reward/mean": s / 20, "episodes/completed": 8, "tokens/generated": 80, "time/step_s": 2.0,
+             "time/learn_s": 1.0, "time/generate_s": 0.5, "policy/entropy": None if s == 3 else 1.0,
+             f"env/{ENV}/solved": s / 40} for s in range(1, 21)]  # fmt: skip
+    rows[4]["episodes/failed/env_error"] = 3
+    lines(path / "metrics.jsonl", [{"step": 0, "val/reward": 0.1}, *rows], '{"step": 21, "rew')
+    for step in (1, 18, 19, 20):
+        lines(path / f"trajectories/step_{step:06d}.jsonl", [trajectory(step * 10 + i, i / 8) for i in range(8)])
+    lines(path / "events.jsonl", [{"kind": "replica", "name": "replica ab", "what": "lost", "cause": "kill | -9"}])
+    (path / "alarms" / "step_000007_gradient_spike").mkdir(parents=True)
+    alarm = {"step": 7, "alarm": "gradient_spike", "reason": f"grad/norm is high {EVIL}"}
+    (path / "alarms" / "step_000007_gradient_spike" / "alarm.json").write_text(json.dumps(alarm))
+    return path
+
+
+class _Page(HTMLParser):
+    """What tags a page has, what it refers to, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "action", "data")]
+        self.addresses += [f"{tag} {name}" for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_contains_all_and_refers_to_nothing(run: Path) -> None:
+    page = html(read_contents(run))
+    parsed = _Page(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
+    assert parsed.addresses == []
+    assert not re.search(r"url\(|@import", page)
+    assert len(page) < 200_000
+    for word in ("mine <b>", "not finished: step 20", "Reward", "gradient_spike", "replica ab lost", "answer 207"):
+        assert word in parsed.text, word
+
+
+def test_what_a_policy_wrote_is_text(run: Path) -> None:
+    parsed = _Page(html(read_contents(run)))
+    assert "</pre><script>alert(1)</script>" in parsed.text
+    assert "\x1b" not in parsed.text and "\u241b[31m" in parsed.text
+    assert "\u202e" not in parsed.text
+
+
+def test_the_command_writes_both_files_and_says_where(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.split() == [str(run / "report.html"), str(run / "report.md")]
+    (run / "report.html").read_text(encoding="utf-8")
+    (run / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("missing", ["runs/none", ""])
+def test_no_run_is_one_line(missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path / missing)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "config.yaml" in error and "raygym train" in error
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(run), "--out", str(run / "config.yaml" / "x")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_markdown_is_text_of_a_policy_in_fences_that_it_cannot_close(run: Path) -> None:
+    page = markdown(read_contents(run))
+    assert "`````text\n</pre><script>" in page
+    outside = re.sub(r"(`{3,}).*?\n\1", "", page, flags=re.DOTALL)
+    assert "<script>" not in outside
+    assert "| " + cell(ENV) + " | 160 |" in page
+    assert "kill \\| -9" in page
+    assert "▁" in page and "█" in page
+
+
+def test_a_run_that_has_only_begun(run: Path) -> None:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (run / name).unlink()
+    for path in (run / "trajectories").iterdir():
+        path.unlink()
+    contents = read_contents(run)
+    assert contents.state == "nothing was written yet" and contents.charts == () and contents.time_split == ()
+    assert "<h2>Curves" not in html(contents)
+    assert "## Curves" not in markdown(contents)
+
+
+def test_a_finished_run_and_a_given_up_one_say_so(run: Path) -> None:
+    given_up = {"kind": "learner", "name": "learner gang", "what": "given_up", "cause": "lost 4 times"}
+    lines(run / "events.jsonl", [given_up])
+    assert read_contents(run).state == "stopped after step 20: learner gang given up: lost 4 times"
+    (run / "summary.json").write_text('{"steps": 20, "seconds": 75.0, "checkpoint": "/c", "weights_checksum": "ab"}')
+    contents = read_contents(run)
+    assert contents.finished and contents.state == "finished in 1m15s"
+    assert ("checkpoint", "/c") in contents.facts
+
+
+def test_damaged_files_are_told_and_the_rest_is_shown(run: Path) -> None:
+    with (run / "trajectories/step_000020.jsonl").open("a") as file:
+        file.write('half a line}\n{"env": 3}\n')
+    (run / "summary.json").write_text("{")
+    contents = read_contents(run)
+    assert len(contents.notes) == 3
+    assert len(contents.episodes.best) == 3
+    assert not contents.finished
+
+
+def test_the_numbers_are_those_of_the_rows(run: Path) -> None:
+    contents = read_contents(run)
+    (env,) = contents.environments
+    assert (env.name, env.episodes, env.tokens) == (ENV, 160, 10.0)
+    assert (env.reward_first, env.reward_last) == (pytest.approx(1.5 / 20), pytest.approx(19.5 / 20))
+    assert env.own[0][0] == "solved"
+    assert contents.failures == (("env_error", 3),)
+    assert dict((part, seconds) for part, seconds, _ in contents.time_split) == {
+        "generate": 0.5, "learn": 1.0, "other": 0.5}  # fmt: skip
+    assert sum(share for *_, share in contents.time_split) == pytest.approx(1)
+    reward = contents.charts[0]
+    assert [series.label for series in reward.series] == ["training", "validation"]
+    assert reward.series[0].points == [(s, s / 20) for s in range(1, 21)]
+
+
+def test_each_environment_of_a_mixture_has_its_own_numbers() -> None:
+    rows = [{"step": 1, "reward/mean": 0.5, "reward/mean/a": 1.0, "reward/mean/b": 0.0, "episodes/completed/a": 2}]
+    found = charts(Columns(rows))
+    by_env = next(chart for chart in found if chart.title == "Reward by environment")
+    assert [series.label for series in by_env.series] == ["a"], "a curve that is 0 all along says nothing"
+
+
+def test_best_and_worst_are_of_the_last_tenth_and_of_different_tasks(tmp_path: Path) -> None:
+    for step in range(1, 31):
+        same_task = [trajectory(7, 0.9, episode=i) for i in range(8)]
+        lines(tmp_path / f"trajectories/step_{step:06d}.jsonl", [*same_task, trajectory(step + 100, 0.1 * (step % 4))])
+    lines(tmp_path / "trajectories/step_000001.jsonl", [trajectory(1, 99.0), trajectory(2, -99.0)])
+    found = extremes(tmp_path, pytest.fail)
+    assert found.where == "steps 28 to 30"
+    assert [(e.task, e.reward) for e in found.best] == [(7, 0.9), (130, 0.2), (129, pytest.approx(0.1))]
+    assert [e.task for e in found.worst] == [128, 129, 130]
+    assert found.best[0].step == 30, "the latest among equals"
+
+
+def test_without_trained_trajectories_the_last_validation_is_shown(tmp_path: Path) -> None:
+    for step in (0, 5):
+        lines(tmp_path / f"trajectories/validation_{step:06d}.jsonl", [trajectory(step, 0.5)])
+    found = extremes(tmp_path, pytest.fail)
+    assert found.where == "the validation after step 5" and found.best[0].task == 5
+    assert extremes(tmp_path / "none", pytest.fail).best == ()
+
+
+def test_a_rollout_has_a_report_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{name: played, policy: {model: tiny}}")
+    env = {"episodes": 4, "turns_mean": 1.5, "tokens": 40, "failures": {"env_error": 2}, "reward": 0.5,
+           "pass_at": {"1": 0.25, "2": 0.75}}  # fmt: skip
+    summary = {"tasks": 3, "missing_tasks": 1, "samples": 2, "split": "train", "seconds": 70.0, "tokens_per_s": 9.5,
+               "temperature": 1.0, "episodes": 4, "reward": 0.5, "reward_stderr": 0.1, "pass_at": env["pass_at"],
+               "failures": {"env_error": 2}, "envs": {ENV: env}}  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    lines(tmp_path / "trajectories.jsonl", [trajectory(i // 2, i / 4) for i in range(4)])
+    contents = read_contents(tmp_path)
+    assert contents.state == "3 tasks of train x 2, played in 1m10s; 1 task is missing"
+    assert dict(contents.headline) == {"reward": "0.5 ± 0.1", "pass@1": "0.25", "pass@2": "0.75", "episodes": "4",
+                                       "tokens a second": "9.5"}  # fmt: skip
+    assert contents.environments[0].tokens == 10 and contents.environments[0].failed == 2
+    assert contents.episodes.where == "the rollout" and [e.reward for e in contents.episodes.best] == [0.75, 0.25]
+    assert "answer 1" in html(contents) and "pass@2" in markdown(contents)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "request.json").write_text('{"tasks": 3, "samples": 2, "split": "train"}')
+    contents = read_contents(tmp_path)
+    assert contents.state == "not finished: 3 tasks of train x 2" and not contents.finished
+    assert len(contents.episodes.best) == 2 and "answer 1" in html(contents)
+
+
+def test_messages_of_every_form_are_shown(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"q": 1}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": "x"}]},
+        {"role": "assistant", "content": "an example of the prompt"},
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]},
+        {"role": "tool", "content": {"found": 2}},
+    ]
+    lines(tmp_path / "trajectories/step_000001.jsonl", [trajectory(1, 0.25, messages=messages)])
+    (episode,) = extremes(tmp_path, pytest.fail).best
+    texts = [said.text for said in episode.messages]
+    assert texts[0].startswith("look\n") and "image_url" in texts[0]
+    assert texts[2] == 'hm\n→ search({"q": 1})'
+    assert texts[3] == '{"found": 2}'
+    assert [bool(said.note) for said in episode.messages] == [False, False, True, False]
+    assert episode.messages[2].note == "reward 0.25, 5 tokens, 0.5 s, cut off by the token limit"
+
+
+def test_long_texts_and_long_episodes_are_shortened(tmp_path: Path) -> None:
+    assert clipped("x" * 2400) == "x" * 2400
+    text = clipped("a" * 5000 + "z" * 5000)
+    assert text.startswith("aaa") and text.endswith("zzz") and "7,900 characters are left out" in text
+    many = [{"role": "user", "content": str(i)} for i in range(100)]
+    lines(tmp_path / "trajectories/step_000001.jsonl", [trajectory(1, 1.0, messages=many)])
+    (episode,) = extremes(tmp_path, pytest.fail).best
+    assert len(episode.messages) == 31
+    assert "70 messages" in episode.messages[6].text and episode.messages[-1].text == "99"
+
+
+def test_a_large_run_has_small_pictures() -> None:
+    points = [(step, float(step)) for step in range(10_000)]
+    few = thinned(points)
+    assert len(few) == 240 and few[-1][0] == 9999
+    assert sum(value for _, value in few) / 240 == pytest.approx(4999.5, rel=1e-3)
+    assert thinned(points[:5]) == points[:5]
+
+
+@pytest.mark.parametrize("span", [(0, 1), (0.02, 0.97), (-3e-6, 8e-6), (5, 5), (0, 0), (-2, -2), (1e7, 1.1e7), (0, 10)])
+def test_ticks_are_round_and_cover_the_values(span: tuple[float, float]) -> None:
+    found = ticks(*span)
+    assert found[0] <= span[0] and found[-1] >= span[1]
+    assert 2 <= len(found) <= 7
+    steps = [after - before for before, after in itertools.pairwise(found)]
+    assert max(steps) == pytest.approx(min(steps))
+
+
+def test_numbers_as_people_write_them() -> None:
+    told = [number(value) for value in (None, 0.0, 0.12345, 1234.5, 4.3e-6, 2.5e9, -0.5)]
+    assert told == ["-", "0", "0.123", "1,234", "4.3e-6", "2.5e9", "-0.5"]
+    assert fence("a ```` b") == "`````" and fence("plain") == "```"
+
+
+def test_the_same_run_gives_the_same_page_but_for_its_time(run: Path) -> None:
+    os.utime(run / "metrics.jsonl", (0, 0))
+    os.utime(run / "events.jsonl", (0, 0))
+    (run / "summary.json").write_text('{"seconds": 1}')
+    first, second = (write_report(run)[0].read_text() for _ in range(2))
+    assert re.sub("Made by.*", "", first) == re.sub("Made by.*", "", second)
+
+
+def test_no_folder_is_an_error_of_the_family(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableRun, match=r"config\.yaml"):
+        read_contents(tmp_path)
