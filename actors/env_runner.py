@@ -282,7 +282,7 @@ def start_env_runner(
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
-        # By default actors that reserve nothing all go to the node that starts them.
+        # By default actors that reserve nothing may all go to one node.
         "scheduling_strategy": "SPREAD",
         "max_restarts": -1,
         "max_task_retries": 0,

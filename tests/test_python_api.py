@@ -192,7 +192,7 @@ def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path) -> None
 
 @only_long  # two starts, each a quarter of a minute
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_real_run_and_a_real_rollout_inside_an_event_loop(tmp_path: Path) -> None:
     run = rg.train(TINY, {**SIMULATED, "runs_dir": str(tmp_path)}, quiet=True)
     assert [row["step"] for row in run.metrics] == [0, 1, 2]

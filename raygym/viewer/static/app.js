@@ -14,7 +14,7 @@ const EVERY_MS = 1000;
 const THEMES = ["auto", "light", "dark"];
 
 const main = document.getElementById("main");
-const state = { run: null, status: null, follows: true, theme: "auto", lost: false };
+const state = { run: null, status: null, follows: true, theme: "auto", lost: false, fresh: true };
 let shown = null; // of the current view: {refresh, keys}
 let showing = 0;
 
@@ -188,6 +188,7 @@ try {
   if (state.run.kind !== "run") parts.nav.overview.textContent = "Summary";
   showStatus();
   await show();
+  state.fresh = false;
   setTimeout(look, EVERY_MS);
 } catch (error) {
   main.replaceChildren(h("div", { class: "problem", role: "alert" }, error.message));

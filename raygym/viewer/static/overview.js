@@ -44,8 +44,12 @@ export async function overview(params, state) {
   const summary = h("div", null);
   const element = h("div", { class: "overview" }, tiles, h("div", { class: "charts" }, charts.map((each) => each.chart.element)), events, more.element, config, summary);
 
+  let first = state.fresh;
+  state.fresh = false;
   async function refresh() {
-    const run = (state.run = { ...state.run, ...(await ask("run")) });
+    // The page has just asked for it when it is shown first.
+    const run = first ? state.run : (state.run = await ask("run"));
+    first = false;
     const wanted = CHARTS.flatMap(({ metrics, prefix }) => [...metrics, ...(prefix ? run.metrics.filter((name) => name.startsWith(prefix)) : [])]);
     const [columns, told] = await Promise.all([ask("metrics", { names: [...new Set(wanted)].join(",") }), ask("events")]);
     for (const { spec, chart: each } of charts) {
