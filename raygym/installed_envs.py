@@ -30,7 +30,8 @@ def installed_env(name: str) -> Callable[..., Any] | None:
     if not offered:
         return None
     if len({point.value for point in offered}) > 1:
-        offers = " and ".join(f"{point.value} of {_package(point)}" for point in offered)
+        # Sorted: a folder's entries have no order.
+        offers = " and ".join(sorted(f"{point.value} of {_package(point)}" for point in offered))
         raise ImportError(f"it is offered more than once, as {offers}; name one as module:Class")
     try:
         return offered[0].load()  # type: ignore[no-any-return]

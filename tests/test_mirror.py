@@ -231,12 +231,14 @@ def test_two_runs_of_one_name_are_not_mixed(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigError, match="another run of the name t"):
         train(here, [])
     store, told = MirrorStore.open(url, "t"), list[str]()
+    before = {name: store.uploads(name) for name in store.runs()}
     mirror = CheckpointMirror(here, store, told.append, first_wait_s=0)
     mirror.begin()
     mirror.submit(4, {})
     mirror.close(30)
     assert any("begun there by another process" in line for line in told)
-    assert [len(store.uploads(name)) for name in store.runs()] == [2, 2]
+    assert len(before) == 2 and all(before.values())
+    assert {name: store.uploads(name) for name in store.runs()} == before
 
 
 def test_a_slow_store_gets_the_newest_and_holds_up_nobody(tmp_path: Path, flaky: tuple[Flaky, MirrorStore]) -> None:
