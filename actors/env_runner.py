@@ -262,7 +262,7 @@ def start_env_runner(
     Args:
         envs: see `EnvRunner`, as are all others up to memory_mib.
         max_concurrent: episodes at once; as many more may wait in it for their place.
-        actor_options: Ray's options for the actor, over the defaults (no CPU reserved, spread over nodes, restarted always).
+        actor_options: Ray's options for the actor, over the defaults (no CPU, spread over nodes, always restarted).
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
