@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ _CPU_ENGINE_ENV = {
 _CPU_ENGINE_OPTIONS: dict[str, Any] = {"enforce_eager": True, "dtype": "float32", "block_size": 32}
 _CPU_BATCH_TOKENS = 4096
 _SCALE_TIMEOUT_S = 30.0
+_UNDEPLOY_TIMEOUT_S = 120.0
 _EVERY_ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -220,9 +223,27 @@ def wanted_replicas(run_name: str) -> int | None:
         return None
 
 
-def undeploy(run_name: str) -> None:
-    """Remove the application and wait until its replicas, and the engines' processes with them, are gone."""
+def undeploy(run_name: str, timeout_s: float = _UNDEPLOY_TIMEOUT_S) -> None:
+    """Remove the application and wait until its replicas, and the engines' processes with them, are gone.
+
+    Raises:
+        TimeoutError: they are not after `timeout_s`.
+    """
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def delete() -> None:
+        try:
+            serve.delete(app_name(run_name), _blocking=True)
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    # Serve itself waits without end for a controller that nobody can start again.
+    threading.Thread(target=delete, name="undeploy", daemon=True).start()
     try:
-        serve.delete(app_name(run_name), _blocking=True)
-    except RayServeException:
-        return  # Serve was never started: there is nothing to remove
+        error = ended.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"the application {app_name(run_name)} was not gone after {timeout_s:g} s") from None
+    if error is not None and not isinstance(error, RayServeException):  # Serve was never started: nothing to remove
+        raise error

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from raygym.actors import serving
 from raygym.actors import session as module
 from raygym.config_file import parse_config
 
@@ -76,3 +77,18 @@ def test_a_start_that_fails_while_it_deploys_leaves_the_watch(monkeypatch: pytes
         assert undeployed == [True]
     finally:
         end.set()
+
+
+def test_an_application_that_does_not_go_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    forever = threading.Event()
+    monkeypatch.setattr(serving.serve, "delete", lambda *args, **kwargs: forever.wait(60))
+    with pytest.raises(TimeoutError, match=r"raygym-t was not gone after 0\.1 s"):
+        serving.undeploy("t", timeout_s=0.1)
+    forever.set()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(serving.serve, "delete", refuse)
+    with pytest.raises(RuntimeError, match="no"):
+        serving.undeploy("t")
