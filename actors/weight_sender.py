@@ -103,22 +103,46 @@ class WeightSender:
         data = torch.frombuffer(self.slots.data(slot), dtype=torch.uint8)
         with ThreadPoolExecutor(1) as broadcasting:
             waiting: list[Future[None]] = []
-            for bucket in (manifest.buckets[number] for number in buckets):
-                self._write(data, manifest.dtype, bucket, iter_weights, sent)
-                if any(future.done() and future.exception() for future in waiting):
+            failure: Exception | None = None
+            for number in buckets:
+                bucket = manifest.buckets[number]
+                if failure is not None or any(future.done() and future.exception() for future in waiting):
+                    take_part(manifest, iter_weights, [number])
                     continue
-                payload = [data[bucket.start : bucket.end]]
-                if sending.threshold is not None:
-                    message = self._encode(self.slots, manifest.dtype, slot, bucket, sending.threshold, sent)
-                    payload = message if sending.delta else payload
-                    with sent.timed("write"):  # anew, since small changes were taken back
-                        sent.checksums |= sum_up(SummedCopy(each.name, _bytes(data, each)) for each in bucket.tensors)
-                chaos.at("sync.bucket", data=data[bucket.start : bucket.end].numpy().data)
+                try:
+                    payload = self._prepare(data, manifest.dtype, slot, bucket, iter_weights, sending, sent)
+                except Exception as error:
+                    failure = error
+                    continue
                 if self._group_name:
                     waiting.append(broadcasting.submit(self._broadcast, payload, sent, deadline))
+            if failure is not None:
+                raise failure
             for future in waiting:
                 future.result()
         return sent
+
+    def _prepare(
+        self,
+        data: torch.Tensor,
+        dtype: str,
+        slot: int,
+        bucket: Bucket,
+        iter_weights: IterWeights,
+        sending: Sending,
+        sent: SentVersion,
+    ) -> list[torch.Tensor]:
+        """Write a bucket; what of it is to travel."""
+        assert self.slots is not None
+        self._write(data, dtype, bucket, iter_weights, sent)
+        payload = [data[bucket.start : bucket.end]]
+        if sending.threshold is not None:
+            message = self._encode(self.slots, dtype, slot, bucket, sending.threshold, sent)
+            payload = message if sending.delta else payload
+            with sent.timed("write"):  # anew, since small changes were taken back
+                sent.checksums |= sum_up(SummedCopy(each.name, _bytes(data, each)) for each in bucket.tensors)
+        chaos.at("sync.bucket", data=data[bucket.start : bucket.end].numpy().data)
+        return payload
 
     @staticmethod
     def _write(data: torch.Tensor, dtype: str, bucket: Bucket, iter_weights: IterWeights, sent: SentVersion) -> None:

@@ -98,6 +98,14 @@ def test_all_buckets_are_gathered_whatever_fails(
     assert learner.gathered == list("abcd"), "other ranks gather all of them, too"
 
 
+def test_all_buckets_are_gathered_where_one_cannot_be_written(slots: WeightSlots, manifest: Manifest) -> None:
+    learner = Learner()
+    learner.weights["b"] = torch.zeros(49)
+    with pytest.raises(AssertionError):
+        sender_of(slots).send(manifest, learner.iter_weights, 0, range(4), 10)
+    assert learner.gathered == list("abcd"), "other ranks gather all of them, too"
+
+
 def test_numbers_are_what_they_were(slots: WeightSlots, manifest: Manifest) -> None:
     learner = Learner()
     sender_of(slots).send(manifest, learner.iter_weights, 0, range(4), 10)
