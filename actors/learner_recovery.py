@@ -21,7 +21,7 @@ def train_through_losses(
     files: RunFiles,
     console: RunConsole,
     resumed: ResumePoint | None,
-    mirror: CheckpointMirror | None,
+    mirror: CheckpointMirror | None = None,
 ) -> dict[str, Any]:
     """Train to the end, with one gang of learners after the other where they are lost.
 

@@ -139,6 +139,7 @@ class Trainer:
         # What was lost before its first checkpoint begins anew: step 0 has a row only where it is validated.
         if not self._files.has_row(step) and (step or self._validation.due(step)):
             self._validate(step, self._write(step, row))
+        self._files.forget_rows()
         return step
 
     def _train_sequences(self, groups: Sequence[Group]) -> list[TrainSequence]:

@@ -118,7 +118,7 @@ class RunFiles:
 
     @property
     def rows(self) -> list[tuple[int, Row]]:
-        """Step and row of what was there when the run was resumed, in order."""
+        """Step and row of what was there when the run was resumed, in order; none after `forget_rows`."""
         return sorted(self._rows.items(), key=lambda item: item[0])
 
     def follow(self, follower: Callable[[int, Row], None]) -> None:
@@ -139,6 +139,10 @@ class RunFiles:
     def has_row(self, step: int) -> bool:
         """Whether this step's row was there when the run was resumed, with its validation if it was to have one."""
         return step in self._rows
+
+    def forget_rows(self) -> None:
+        """Nobody asks any more for what was there: of a long run it would fill the driver's memory."""
+        self._rows = {}
 
     def metrics(self, step: int, row: Row, *, waits: bool = True) -> None:
         """Append what is known of one step to metrics.jsonl and TensorBoard. `waits`: see `HeldRow.write`."""
