@@ -20,8 +20,10 @@ class UnreadableRun(RaygymError, ValueError):
 
 
 def is_own(path: Path, run: Path) -> bool:
-    """Whether it is a file of the folder `run`: a link in a run that came from elsewhere must not show what is outside of
-    it, and whoever opened a pipe would wait for ever."""
+    """Whether it is a file of the folder `run`.
+
+    A link in a run that came from elsewhere must not show what is outside of it; a pipe would be waited for.
+    """
     return path.is_file() and path.resolve().is_relative_to(run.resolve())
 
 
