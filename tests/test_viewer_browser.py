@@ -337,15 +337,15 @@ def test_an_answer_that_fails_is_told_and_asked_for_again(simulated, browser):
     page.set_default_timeout(WAIT_MS)
     held = []
     # Who goes on before a slow trajectory is there stays where that was to.
-    page.route("**/api/trajectory?*", lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks it
+    page.route("**/api/trajectory?*", lambda route: held.append(route))
     page.goto(trajectory(address))
     while not held:
         page.wait_for_timeout(20)
-    page.unroute("**/api/trajectory?*")
     page.goto(f"{address}#/overview")
     page.locator(".tile").first.wait_for()
     with page.expect_response("**/api/trajectory?*"):
         held[0].continue_()
+    page.unroute("**/api/trajectory?*")
     page.wait_for_timeout(100)
     assert page.url == f"{address}#/overview"
     # What is wrong with one answer does not end the viewer.
