@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from raygym.run_reading import is_number
 
 Points = list[tuple[int, float]]
 """(step, value), in order."""
@@ -28,7 +29,7 @@ class Columns:
             self.steps = max(self.steps, step)
             for name, value in row.items():
                 # Half of the rows' text is what other pages show.
-                if name != "step" and _is_number(value):
+                if name != "step" and is_number(value):
                     self._points[name].append((step, float(value)))
 
     def __getitem__(self, name: str) -> Points:
@@ -60,7 +61,3 @@ class Columns:
         """The mean over a part of the steps that have it; None where there are none."""
         values = [value for _, value in self[name]][share]
         return sum(values) / len(values) if values else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -17,7 +17,7 @@ from raygym.report.curves import Chart, charts
 from raygym.report.drawing import number
 from raygym.report.environments import Environment, environments
 from raygym.report.episodes import Extremes, extremes
-from raygym.run_reading import UnreadableRun, json_file, json_lines
+from raygym.run_reading import UnreadableRun, check_own, json_file, json_lines
 
 _MOST_TOLD = 20
 _PARTS = ("generate", "learn", "sync", "validate_wait", "checkpoint")
@@ -64,13 +64,13 @@ def read_contents(run: Path) -> Contents:
             notes.append(problem)
 
     text, config = _config(run)
-    columns = Columns(json_lines(run / "metrics.jsonl", damaged))
+    columns = Columns(json_lines(run / "metrics.jsonl", damaged, within=run))
     try:
-        summary = {**json_file(run / "request.json"), **json_file(run / "summary.json")}
+        summary = {**json_file(run / "request.json", within=run), **json_file(run / "summary.json", within=run)}
     except UnreadableRun as error:
         summary = {}
         damaged(str(error))
-    events = [event for event in json_lines(run / "events.jsonl", damaged)]
+    events = list(json_lines(run / "events.jsonl", damaged, within=run))
     failures = {name.rpartition("/")[2]: int(columns.total(name)) for name in columns.names("episodes/failed/")}
     labels = [str(env.get("name") or env.get("id")) for env in _sections(config, "envs")]
     rollout = played.is_rollout(summary)
@@ -79,7 +79,7 @@ def read_contents(run: Path) -> Contents:
     return Contents(
         name=str(config.get("name") or run.name),
         state=played.state(summary) if rollout else _state(run, columns, summary, events),
-        finished="seconds" in summary,
+        finished="seconds" in summary and not summary.get("missing_tasks"),
         headline=played.headline(summary) if rollout else _headline(columns, config),
         facts=_facts(run, columns, config, summary),
         charts=tuple(charts(columns)),
@@ -97,6 +97,7 @@ def read_contents(run: Path) -> Contents:
 
 def _config(run: Path) -> tuple[str, dict[str, Any]]:
     path = run / "config.yaml"
+    check_own(path, run)
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -105,7 +106,7 @@ def _config(run: Path) -> tuple[str, dict[str, Any]]:
     try:
         # Not `load_config`: a report of a run that another version made is still a report.
         found = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         found = None
     return text, found if isinstance(found, dict) else {}
 
@@ -180,7 +181,7 @@ def _alarms(run: Path, *, damaged: Any) -> tuple[tuple[int, str, str], ...]:
     found = []
     for path in sorted((run / "alarms").glob("*/alarm.json"))[-_MOST_TOLD:]:
         try:
-            alarm = json_file(path)
+            alarm = json_file(path, within=run)
         except UnreadableRun as error:
             damaged(str(error))
             continue

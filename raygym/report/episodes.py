@@ -62,7 +62,7 @@ def extremes(run: Path, damaged: Callable[[str], None]) -> Extremes:
         files, where = [(0, run / "trajectories.jsonl")], "the rollout"
     best, worst = _Kept(1.0), _Kept(-1.0)
     for step, path in files:
-        for record in json_lines(path, damaged):
+        for record in json_lines(path, damaged, within=run):
             if not _is_trajectory(record):
                 damaged(f"{path}: a line is no trajectory as raygym writes it")
                 continue
