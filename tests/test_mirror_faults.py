@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,10 @@ def test_the_next_start_of_a_finished_run_sends_what_its_end_could_not(
     url = f"memory://{uuid.uuid4().hex}"
     config = mirrored_config(tmp_path, url, 4, keep_last=1)
     train(config, [])
-    [best] = {upload.step for upload in store_at(url).uploads(store_at(url).runs()[0])} - {4} or {4}
     MemoryFileSystem().rm(url.removeprefix("memory:/"), recursive=True)
     start(config)
     store = store_at(url)
-    assert steps_of(store)[-1] == 4 and "has made its 4 steps" in capsys.readouterr().out
-    assert best in {best, 4}
+    assert steps_of(store) == [4] and "has made its 4 steps" in capsys.readouterr().out
     claims = store.claims(store.runs()[0])
     start(config)
     assert store.claims(store.runs()[0]) == claims, "a start that has nothing to send takes it from nobody"
@@ -122,7 +120,7 @@ def test_a_process_that_is_in_the_middle_of_sending_does_not_complete_what_is_no
 ) -> None:
     fs, store = flaky
     config = mirrored_config(tmp_path, "memory://away", 3, keep_last=3)
-    train(mirrored_config(tmp_path, "memory://elsewhere", 3, keep_last=3), [])
+    train(mirrored_config(tmp_path, str(tmp_path / "elsewhere"), 3, keep_last=3), [])
     told: list[str] = []
     going, gate = threading.Event(), threading.Event()
     fs.before_put = lambda: (going.set(), gate.wait(30))
@@ -304,19 +302,13 @@ class Refusing(fsspec.AbstractFileSystem):  # type: ignore[misc]
         raise ConnectionRefusedError(111, "Connection refused")
 
 
-@pytest.fixture
-def refusing() -> Iterator[str]:
+def test_a_check_does_not_connect_and_a_start_tells_why_it_cannot(tmp_path: Path) -> None:
     fsspec.register_implementation("refusing", Refusing, clobber=True)
-    yield "refusing://host/runs"
-    fsspec.registry._registry.pop("refusing")
-
-
-def test_a_check_does_not_connect_and_a_start_tells_why_it_cannot(tmp_path: Path, refusing: str) -> None:
-    config = mirrored_config(tmp_path, refusing)
+    config = mirrored_config(tmp_path, "refusing://host/runs")
     with pytest.raises(ConfigError, match=r"policy|env"):  # what else is wrong with it: the mirror is not
         check_inputs(config)
     with pytest.raises(ConfigError, match=r"refusing://host/runs cannot be read \(ConnectionRefusedError: "):
-        restore_newer(config, store_at(refusing), print)
+        restore_newer(config, store_at("refusing://host/runs"), print)
 
 
 @pytest.mark.parametrize("url", ["simplecache::zz://a/b", "zz::memory://a"])
