@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 from raygym.config import RunConfig
-from raygym.run_reading import json_lines
 from raygym.mirror_store import MirrorStore
 from raygym.mirror_upload import mirrored, run_in_mirror, seal_of
 from raygym.resume import checkpoint_store
+from raygym.run_reading import json_lines
 from raygym.watched_call import watched
 
 _IDLE_S = 30.0

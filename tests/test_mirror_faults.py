@@ -1,4 +1,4 @@
-"""What may go wrong around a mirror: two processes, a store that hangs, an end that was not sent, a start in between."""
+"""What goes wrong around a mirror: two processes, a store that hangs, an end that was not sent, a kill at a start."""
 
 from __future__ import annotations
 
