@@ -109,6 +109,7 @@ def test_a_process_whose_run_another_one_goes_on_with_sends_nothing_more(tmp_pat
     sent(first, 3)
     assert any("gone on with by another process" in line for line in told), told
     assert store.uploads(run) == before[:-1]
+    assert not list((tmp_path / "shared/t" / run).glob("step_000003-*")), "nothing is sent in vain"
     sent(second, 3)
     assert steps_of(store)[-1] == 3
     first.close(10)
