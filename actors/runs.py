@@ -23,6 +23,7 @@ from raygym.deepspeed_options import unloadable_state
 from raygym.driver_log import driver_log
 from raygym.live_console import Verbosity
 from raygym.metrics import validation_metrics
+from raygym.mirror_finished import send_left
 from raygym.mirror_restore import restore_newer
 from raygym.mirror_store import MirrorStore
 from raygym.mirror_upload import CheckpointMirror, mirrored
@@ -67,8 +68,10 @@ def train(
             found = None if fresh else resume_point(config, allow_change=allow_config_change, told=console.line)
         except FinishedError as finished:
             console.line(f"raygym: {finished}")
+            if store is not None:
+                send_left(config, store, finished.newest, console.line)
             return
-        with mirrored(config, store, console.line) as mirror:
+        with mirrored(config, store, console.line, cause) as mirror:
             _train(config, model_dir, port, console, found, mirror)
 
 

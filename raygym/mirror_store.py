@@ -2,7 +2,8 @@
 
     <url>/<name>/0001-5e1f09aa/                 a run of that name, from its beginning on; --fresh begins the next one
         begun.json
-        step_000012-9c41d2e7/                   one upload
+        claims/0003-77aa01c2                    a process has begun to write this run; the newest one alone may
+        step_000012-0003-77aa01c2-9c41d2e7/     one upload, and whose it is
             checkpoint/..., run/metrics.jsonl, ...
             whole.json                          its files and their sizes; written last, so what has it is whole
 
@@ -16,23 +17,27 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fsspec.core import split_protocol, url_to_fs
+from fsspec.registry import get_filesystem_class
 
 from raygym.config_section import ConfigError
+from raygym.file_manifest import DamagedFolderError
 
-_RUN = re.compile(r"(\d{4,})-[0-9a-f]{8}")
-_UPLOAD = re.compile(r"step_(\d{6,})-[0-9a-f]{8}")
+_NUMBERED = re.compile(r"(\d{4,})-[0-9a-f]{8}")
+# Those that were made before there were claims name none.
+_UPLOAD = re.compile(r"step_\d{6,}-(?:(?P<claim>\d{4,}-[0-9a-f]{8})-)?[0-9a-f]{8}")
 _WHOLE = "whole.json"
 
 
-def upload_name(step: int) -> str:
-    """A name that no other upload has."""
-    return f"step_{step:06d}-{uuid.uuid4().hex[:8]}"
+def upload_name(step: int, claim: str) -> str:
+    """A name that no other upload has, with whose it is."""
+    return f"step_{step:06d}-{claim}-{uuid.uuid4().hex[:8]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,39 +56,61 @@ class Upload:
 class MirrorStore:
     """The place below `<url>/<name>/`. What the file system raises, these methods raise: its errors are of any type."""
 
-    def __init__(self, fs: Any, root: str) -> None:
-        """`fs` is fsspec's; nothing is read or written yet."""
-        self._fs = fs
-        self._root = root.rstrip("/")
+    def __init__(self, connect: Callable[[], tuple[Any, str]]) -> None:
+        """`connect` gives fsspec's file system and the folder in it. It is called when they are needed first."""
+        self._connect = connect
 
     @classmethod
     def open(cls, url: str, name: str) -> MirrorStore:
-        """That of runs of this name.
+        """That of runs of this name. Some file systems connect when they are made: nothing is made yet.
 
         Raises:
             ConfigError: no such file system is known, or its package is not installed.
         """
-        local = split_protocol(url)[0] in (None, "file", "local")
+        parts = url.split("::")
         try:
-            fs, root = url_to_fs(url, **({"auto_mkdir": True} if local else {}))
-        except (ImportError, ValueError) as error:
+            for part in parts:
+                chained = len(parts) > 1 and re.fullmatch("[a-z]+", part)
+                get_filesystem_class(part if chained else split_protocol(part)[0])
+        except Exception as error:  # of any type: it imports a package
             raise ConfigError(
                 f"checkpoint.mirror: {url} cannot be opened ({error}); expected a folder or a URL that fsspec knows, "
                 "such as s3://bucket/prefix (pip install s3fs) or gs://bucket/prefix (pip install gcsfs)"
             ) from error
-        return cls(fs, f"{root.rstrip('/')}/{name}")
+        return cls(partial(_connected, url, name))
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        fs, root = self._connect()
+        return fs, root.rstrip("/")
+
+    @property
+    def _fs(self) -> Any:
+        return self._place[0]
+
+    @property
+    def _root(self) -> str:
+        return self._place[1]
 
     def runs(self) -> list[str]:
         """The runs of this name, the current one last."""
-        found = (_RUN.fullmatch(entry) for entry in self._list(self._root))
-        return [match[0] for match in sorted((m for m in found if m), key=lambda m: (int(m[1]), m[0]))]
+        return _by_number(self._list(self._root))
 
     def begin_run(self) -> str:
         """Make a new run the current one; returns its name."""
-        numbers = [int(run.split("-")[0]) for run in self.runs()]
-        run = f"{max(numbers, default=0) + 1:04d}-{uuid.uuid4().hex[:8]}"
+        run = _next(self.runs())
         self._fs.pipe_file(f"{self._root}/{run}/begun.json", b"{}\n")
         return run
+
+    def claims(self, run: str) -> list[str]:
+        """Who has begun to write a run, the newest one last."""
+        return _by_number(self._list(f"{self._root}/{run}/claims"))
+
+    def claim(self, run: str) -> str:
+        """Begin to write a run, in whose place ever; returns this claim. Of two at once, one is the newer."""
+        claim = _next(self.claims(run))
+        self._fs.pipe_file(f"{self._root}/{run}/claims/{claim}", b"{}\n")
+        return claim
 
     def uploads(self, run: str) -> list[Upload]:
         """Those that are whole, by rising step."""
@@ -108,18 +135,28 @@ class MirrorStore:
         self._fs.pipe_file(f"{self._root}/{run}/{upload.folder}/{_WHOLE}", json.dumps(whole).encode())
 
     def get(self, run: str, upload: Upload, part: str, local: Path) -> None:
-        """Read the files of an upload's folder `part` into the folder `local`, which is made anew."""
+        """Read the files of an upload's folder `part` into the folder `local`, which is made anew.
+
+        Raises:
+            DamagedFolderError: one is not there. The store may raise errors of other types, too.
+        """
         shutil.rmtree(local, ignore_errors=True)
         local.mkdir(parents=True)
         for name in upload.files:
             head, _, below = name.partition("/")
             if head == part and ".." not in Path(below).parts and not Path(below).is_absolute():
                 (local / below).parent.mkdir(parents=True, exist_ok=True)
-                self._fs.get_file(f"{self._root}/{run}/{upload.folder}/{name}", str(local / below))
+                try:
+                    self._fs.get_file(f"{self._root}/{run}/{upload.folder}/{name}", str(local / below))
+                except FileNotFoundError as error:
+                    raise DamagedFolderError(f"{name} is missing there") from error
 
-    def remove_all_but(self, run: str, kept: Iterable[str]) -> None:
-        """Remove a run's other uploads, also those that are not whole."""
+    def remove_all_but(self, run: str, kept: Iterable[str], claim: str) -> None:
+        """Remove a run's other uploads, also those that are not whole, but none of a newer claim than this one."""
         for folder in set(self._folders(run)) - set(kept):
+            match = _UPLOAD.fullmatch(folder)
+            if match and match["claim"] and _by_number([match["claim"], claim])[-1] != claim:
+                continue  # somebody may be writing it
             path = f"{self._root}/{run}/{folder}"
             # First what makes it whole: one that is half removed must not look like a checkpoint.
             if self._fs.exists(f"{path}/{_WHOLE}"):
@@ -143,3 +180,19 @@ class MirrorStore:
             return Upload(folder, int(whole["step"]), str(whole["seal"]), dict(whole["files"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # a kill in the middle of it
             return None
+
+
+def _connected(url: str, name: str) -> tuple[Any, str]:
+    local = split_protocol(url)[0] in (None, "file", "local")
+    fs, root = url_to_fs(url, **({"auto_mkdir": True} if local else {}))
+    return fs, f"{root.rstrip('/')}/{name}"
+
+
+def _by_number(names: Iterable[str]) -> list[str]:
+    found = (match for name in names if (match := _NUMBERED.fullmatch(name)))
+    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[0]))]
+
+
+def _next(names: list[str]) -> str:
+    number = int(names[-1].split("-")[0]) if names else 0
+    return f"{number + 1:04d}-{uuid.uuid4().hex[:8]}"

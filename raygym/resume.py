@@ -43,6 +43,11 @@ class ResumePoint:
 class FinishedError(Exception):
     """All steps of the run were made. The text says so."""
 
+    def __init__(self, text: str, newest: int) -> None:
+        """`newest` is the step of its newest whole checkpoint."""
+        super().__init__(text)
+        self.newest = newest
+
 
 def save_run_state(folder: Path, rollouts: RolloutState, row: Row, validated: bool) -> None:
     """Write what the driver knows into a checkpoint's `training_state/`; the arguments are those of `ResumePoint`."""
@@ -110,7 +115,8 @@ def resume_point(config: RunConfig, *, allow_change: bool, told: Callable[[str],
         told(f"changed: {change}")
     if checkpoint.step > config.steps or _is_finished(config, checkpoint):
         raise FinishedError(
-            f"{config.run_dir} has made its {config.steps} steps; raise steps to go on, or use {_FRESH}"
+            f"{config.run_dir} has made its {config.steps} steps; raise steps to go on, or use {_FRESH}",
+            checkpoint.step,
         )
     try:
         rollouts = RolloutState.load(checkpoint.state)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 from test_resume import Run, config_of, rows
 
+import raygym.mirror_store
 from raygym.actors.session import Session
 from raygym.actors.trainer import Trainer
 from raygym.config import ConfigError, RunConfig
@@ -65,7 +65,7 @@ class Flaky(MemoryFileSystem):  # type: ignore[misc]
 def flaky() -> Iterator[tuple[Flaky, MirrorStore]]:
     Flaky.clear_instance_cache()
     fs, root = Flaky(), f"/{uuid.uuid4().hex}"
-    yield fs, MirrorStore(fs, f"{root}/t")
+    yield fs, MirrorStore(lambda: (fs, f"{root}/t"))
     if MemoryFileSystem().exists(root):
         MemoryFileSystem().rm(root, recursive=True)
 
@@ -112,7 +112,7 @@ class _Steady(CheckpointMirror):
     def submit(self, step: int, scores: Any) -> None:
         super().submit(step, scores)
         with self._changed:
-            assert self._changed.wait_for(lambda: not self._busy and self._waiting is None, 30)
+            assert self._changed.wait_for(lambda: self.left is None, 30)
 
 
 def steps_of(store: MirrorStore) -> list[int]:
@@ -215,8 +215,7 @@ def test_fresh_begins_another_run_there_before_its_first_checkpoint(tmp_path: Pa
     mirror = CheckpointMirror(config, store, pytest.fail)
     RunFiles(config).close()
     mirror.begin()
-    while len(store.runs()) < 2:
-        threading.Event().wait(0.01)
+    assert len(store.runs()) == 2
     mirror.close(10)
     shutil.rmtree(tmp_path / "a")
     run, _ = train(mirrored_config(tmp_path / "a", url, 2), [])
@@ -296,7 +295,7 @@ def test_a_url_that_cannot_be_opened_is_told_before_anything_starts(
         def missing(name: str) -> Any:
             raise ImportError("Install it to access it")
 
-        monkeypatch.setattr(fsspec.core, "get_filesystem_class", missing)
+        monkeypatch.setattr(raygym.mirror_store, "get_filesystem_class", missing)
     with pytest.raises(ConfigError, match=said):
         check_inputs(mirrored_config(tmp_path, url))
 
