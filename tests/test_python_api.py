@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
+import json
 import os
 import signal
 import subprocess
@@ -14,13 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiers import only_long
 
 import raygym as rg
-from raygym import command_process
+from raygym import cli, command_process
 from raygym.config_file import load_config
 from raygym.python_api import as_config
+from raygym.results import Rollout
+from raygym.run_files import trajectory_record
+from raygym.types import EpisodeStatus, Sampling, Task, Trajectory, Turn
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -140,6 +146,29 @@ async def test_a_run_inside_an_event_loop_prints_where_its_caller_does(
     assert run.validation_reward == {0: 0.25}
     assert run.config.name == "tiny" and run.checkpoint is None
     assert "2 rows" in repr(run) and "<table>" in run._repr_html_()
+
+
+def _temporary_rollout(path: Path) -> Rollout:
+    played = Trajectory(
+        task=Task(0, "mine", 0, "train"), group_id="g", episode=0, attempt=0, status=EpisodeStatus.TERMINATED,
+        token_ids=np.arange(3, dtype=np.int32), loss_mask=np.array([False, True, True]),
+        logprobs=np.zeros(3, np.float32), weight_versions=np.zeros(3, np.int32),
+        turns=(Turn(1, 3, 0.5, "stop", 0.1, 0.1),), reward=0.5, messages=(), sampling=Sampling(1.0, 2), drifted=False,
+    )  # fmt: skip
+    path.mkdir()
+    (path / "trajectories.jsonl").write_text((json.dumps(trajectory_record(played)) + "\n") * 3)
+    return Rollout(path, temporary=True)
+
+
+def test_a_rollout_that_nobody_keeps_is_there_while_it_is_read(tmp_path: Path) -> None:
+    read = 0
+    for trajectory in _temporary_rollout(tmp_path / "played"):
+        gc.collect()
+        assert trajectory.reward == 0.5
+        read += 1
+    assert read == 3
+    gc.collect()
+    assert not (tmp_path / "played").exists()
 
 
 _STOPPED_BY_ITS_OWNER = """
