@@ -206,10 +206,12 @@ def test_an_interrupt_stops_the_run_and_is_raised_again(monkeypatch: pytest.Monk
     assert mark.read_text() == "stopped"
 
 
-def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGINT is ignored, as with nohup"])
+def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path, ignored: bool) -> None:
     mark = tmp_path / "mark"
     code = (
-        "import sys; from raygym import command_process\n"
+        "import signal, sys; from raygym import command_process\n"
+        f"signal.signal(signal.SIGINT, signal.SIG_IGN) if {ignored} else None\n"
         f"command_process._PROGRAM = [sys.executable, '-c', {_STOPPED_BY_ITS_OWNER!r}]\n"
         f"command_process.run_command([{str(mark)!r}])"
     )
@@ -217,6 +219,60 @@ def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path) -> None
         _once(mark, "up")
         caller.kill()
     _once(mark, "stopped")
+
+
+_NOT_TO_BE_INTERRUPTED = """
+import time
+from raygym import owned_command
+owned_command.end_with_owner(again_s=0.3, times=3)
+print("up", flush=True)
+while True:
+    try:
+        time.sleep(20)
+        break
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+def test_a_run_that_takes_no_interrupt_ends_all_the_same() -> None:
+    command = [sys.executable, "-c", _NOT_TO_BE_INTERRUPTED]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.stdin.close()
+        assert process.stdout.read().count("interrupted") >= 2
+    assert process.returncode == 130
+
+
+def test_a_command_that_does_not_stop_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    write = "import pathlib, sys, time; mark = pathlib.Path(sys.argv[1]); mark.write_text('up'); time.sleep(10)"
+    program(monkeypatch, f"{write}; mark.write_text('end')")
+    monkeypatch.setattr(command_process, "_STOP_S", 0.2)
+
+    def interrupt() -> None:
+        _once(mark, "up")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        command_process.run_command([str(mark)])
+    assert mark.read_text() == "up"
+
+
+def test_an_interrupt_of_the_checks_before_a_run_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check_inputs(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raygym.preflight.check_inputs", check_inputs)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert cli.main(["train", str(TINY)]) == 130
+    assert capsys.readouterr().err == "raygym: interrupted; everything was stopped\n"
 
 
 @only_long  # two starts, each a quarter of a minute
