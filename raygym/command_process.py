@@ -105,8 +105,8 @@ def _failure(status: int, errors: IO[str]) -> BaseException:
     told = [line.removeprefix(_PREFIX).rstrip() for line in said if line.startswith(_PREFIX)]
     if status == _INTERRUPTED:
         return KeyboardInterrupt()
-    if status == _BAD_CONFIG and told:
-        return ConfigError("\n".join(told))
+    if status == _BAD_CONFIG and said:
+        return ConfigError("\n".join(told) or said[-1].strip())  # what argparse says has another prefix
     if told:
         return RunFailed("\n".join(told))
     how = f"was ended by signal {-status}" if status < 0 else f"ended with exit code {status}"

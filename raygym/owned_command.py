@@ -1,8 +1,8 @@
 """`python -m raygym.owned_command ...`: a command that ends when whoever started it is gone.
 
 Its standard input is a pipe whose other end only the owner holds. When that closes, even by a kill -9 of a notebook's
-kernel, the command is interrupted as by Ctrl-C, so that no run goes on that nobody knows of. One that this does not stop
-is ended without its consent; the guards of its cluster and of its Serve application then see to the rest.
+kernel, the command is interrupted as by Ctrl-C, so that no run goes on that nobody knows of. One that this does not
+stop is ended all the same; the guards of its cluster and of its Serve application then see to the rest.
 """
 
 from __future__ import annotations

@@ -81,6 +81,13 @@ def test_what_follows_from_a_key_follows_its_override() -> None:
         (lambda: rg.rollout(), ["policy and env"]),
         (lambda: rg.rollout(TINY, kwargs={"high": 3}), ["kwargs", "env"]),
         (lambda: rg.rollout(TINY, samples=0), ["samples", "0"]),
+        (lambda: rg.rollout(TINY, samples=2.5), ["samples", "2.5", "whole number"]),
+        (lambda: rg.rollout(TINY, tasks=True), ["tasks", "True", "whole number"]),
+        (lambda: rg.rollout(TINY, split="val"), ["split", "'val'", "validation"]),
+        (lambda: rg.rollout(TINY, success=None), ["success", "None", "number"]),
+        (lambda: rg.rollout(TINY, success=float("nan")), ["success", "nan"]),
+        (lambda: rg.rollout(TINY, temperature="hot"), ["temperature", "'hot'", "number"]),
+        (lambda: rg.rollout(TINY, temperature=-1), ["temperature", "-1", "from 0"]),
         (lambda: rg.make("raygym/NumberGues-v0"), ["raygym/NumberGuess-v0"]),
         (lambda: rg.make("raygym/NumberGuess-v0", hihg=3), ["hihg"]),
         (lambda: rg.Run("/no/such/run"), ["/no/such/run", "raygym train"]),
@@ -109,6 +116,13 @@ def test_make_gives_the_environment_itself() -> None:
 def test_a_failed_run_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     program(monkeypatch, "import sys; print('noise\\nraygym: train failed: no GPU', file=sys.stderr); sys.exit(1)")
     with pytest.raises(rg.RunFailed, match=r"^train failed: no GPU$"):
+        rg.train(TINY)
+
+
+def test_arguments_that_the_command_refuses_are_a_config_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "usage: raygym train [options]\\nraygym train: error: argument --fresh: no"
+    program(monkeypatch, f"import sys; print('{said}', file=sys.stderr); sys.exit(2)")
+    with pytest.raises(rg.ConfigError, match=r"^raygym train: error: argument --fresh: no$"):
         rg.train(TINY)
 
 
