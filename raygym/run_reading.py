@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -17,7 +19,33 @@ class UnreadableRun(RaygymError, ValueError):
     """A folder or a file in it is not what a run leaves. The text says which, and what is wrong with it."""
 
 
-def json_lines(path: Path, damaged: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
+def is_own(path: Path, run: Path) -> bool:
+    """Whether it is a file of the folder `run`.
+
+    A link in a run that came from elsewhere must not show what is outside of it; a pipe would be waited for.
+    """
+    return path.is_file() and path.resolve().is_relative_to(run.resolve())
+
+
+def check_own(path: Path, run: Path) -> None:
+    """Let pass what is a file of the folder `run`, and what is not there.
+
+    Raises:
+        UnreadableRun: it is something else.
+    """
+    if os.path.lexists(path) and not is_own(path, run):
+        raise UnreadableRun(f"{path}: expected a file in {run}, found a link out of it or no file; it is not read")
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a row is a number that is finite as a float."""
+    # NaN compares as false; a whole number is compared exactly, however long it is.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def json_lines(
+    path: Path, damaged: Callable[[str], None] | None = None, *, within: Path | None = None
+) -> Iterator[dict[str, Any]]:
     """The records of a JSONL file, one at a time; none where there is no file.
 
     A last line without its end is still being written, or was when its writer was killed, and is left out.
@@ -25,10 +53,19 @@ def json_lines(path: Path, damaged: Callable[[str], None] | None = None) -> Iter
     Args:
         path: the file.
         damaged: is told of each line that is no JSON object, which is then left out.
+        within: the folder that the file must be in, also where it is a link; None where that does not matter.
 
     Raises:
-        UnreadableRun: there is such a line, and nobody to tell.
+        UnreadableRun: there is such a line, or the file is outside, and nobody to tell.
     """
+    if within is not None:
+        try:
+            check_own(path, within)
+        except UnreadableRun as error:
+            if damaged is None:
+                raise
+            damaged(str(error))
+            return
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -41,7 +78,7 @@ def json_lines(path: Path, damaged: Callable[[str], None] | None = None) -> Iter
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
                 yield record
@@ -52,17 +89,19 @@ def json_lines(path: Path, damaged: Callable[[str], None] | None = None) -> Iter
             damaged(problem)
 
 
-def json_file(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object; {} where there is none.
+def json_file(path: Path, *, within: Path | None = None) -> dict[str, Any]:
+    """A file that holds one JSON object; {} where there is none. `within`: see `json_lines`.
 
     Raises:
-        UnreadableRun: it holds something else.
+        UnreadableRun: it holds something else, or is outside.
     """
+    if within is not None:
+        check_own(path, within)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnreadableRun(f"{path}: cannot be read ({error})") from error
     if not isinstance(found, dict):
         raise UnreadableRun(f"{path}: expected a JSON object, found a {type(found).__name__}")

@@ -12,7 +12,10 @@ def write_whole(path: Path, text: str) -> None:
     new = path.with_name(f"{path.name}.new")
     try:
         chaos.at("disk.replace")
-        new.write_text(text, encoding="utf-8")
+        # What lies there already, a link out of the folder included, is not written to.
+        new.unlink(missing_ok=True)
+        with new.open("x", encoding="utf-8") as file:
+            file.write(text)
         new.replace(path)
     except OSError:
         new.unlink(missing_ok=True)

@@ -186,7 +186,7 @@ def test_an_interrupt_leaves_no_half_line_either(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("write", "by"),
     [
-        (lambda path: write_whole(path, "new"), "write_text"),
+        (lambda path: write_whole(path, "new"), "open"),
         (lambda path: replace_durably(path, b"new"), "write_bytes"),
     ],
 )
@@ -195,10 +195,9 @@ def test_a_file_that_cannot_be_replaced_is_the_old_one_and_nothing_lies_beside_i
 ) -> None:
     path = tmp_path / "scheduler.json"
     path.write_text("old")
-    real = getattr(Path, by)
 
-    def half(self: Path, data: Any, *args: Any, **kwargs: Any) -> None:
-        real(self, data[:1], *args, **kwargs)
+    def half(self: Path, *_: Any, **__: Any) -> None:
+        os.close(os.open(self, os.O_CREAT | os.O_WRONLY))
         raise no_room()
 
     with monkeypatch.context() as patch:
@@ -209,6 +208,16 @@ def test_a_file_that_cannot_be_replaced_is_the_old_one_and_nothing_lies_beside_i
     assert list(tmp_path.iterdir()) == [path]
     write(path)
     assert path.read_text() == "new"
+
+
+def test_a_link_at_the_new_files_name_leads_nobody_out(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "run" / "report.html"
+    victim.write_text("untouched")
+    path.parent.mkdir()
+    (path.parent / "report.html.new").symlink_to(victim)
+    write_whole(path, "report")
+    assert victim.read_text() == "untouched"
+    assert path.read_text() == "report" and not path.is_symlink()
 
 
 def test_a_checkpoint_without_room_leaves_the_one_before_and_nothing_else(tmp_path: Path) -> None:

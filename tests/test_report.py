@@ -239,6 +239,39 @@ def test_odd_rows_and_events_are_shown_as_far_as_they_go(run: Path) -> None:
     assert contents.events[0] == "a "
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "summary.json", "trajectories/step_000020.jsonl",
+                                  "alarms/step_000007_gradient_spike/alarm.json"])  # fmt: skip
+def test_a_link_out_of_the_run_is_told_and_not_read(run: Path, tmp_path: Path, name: str) -> None:
+    secret = tmp_path / "secret"
+    row = {"step": 77, "reward/mean": 77.5, "seconds": 77.0, "alarm": "secret", "what": "secret"}
+    record = {**trajectory(77, 50.0), **row}
+    secret.write_text(json.dumps(record) + "\n")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(secret)
+    contents = read_contents(run)
+    assert any("link out of it" in note for note in contents.notes)
+    assert "secret" not in str((contents.alarms, contents.events)) and "77" not in contents.state
+    assert all(series.last != 77.5 for chart in contents.charts for series in chart.series)
+    assert contents.episodes.best[0].task != 77
+
+
+def test_a_config_that_is_a_link_out_of_the_run_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("a: secret")
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to(tmp_path / "secret")
+    with pytest.raises(UnreadableRun, match="link out of it"):
+        read_contents(run)
+
+
+def test_numbers_without_end_and_nests_without_bottom_are_left_out(run: Path) -> None:
+    with (run / "metrics.jsonl").open("w") as file:
+        file.write('{"step": 1, "reward/mean": 1' + "0" * 400 + ', "loss": 1e999}\n' + "[" * 100_000 + "\n")
+        file.write('{"step": 2, "reward/mean": 0.5}\n')
+    contents = read_contents(run)
+    assert contents.charts[0].series[0].points == [(2, 0.5)]
+    assert len(contents.notes) == 1
+
+
 def test_the_numbers_are_those_of_the_rows(run: Path) -> None:
     contents = read_contents(run)
     (env,) = contents.environments
@@ -311,7 +344,8 @@ def test_a_rollout_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     lines(tmp_path / "trajectories.jsonl", [trajectory(i // 2, i / 4) for i in range(4)])
     contents = read_contents(tmp_path)
-    assert contents.state == "3 tasks of train x 2, played in 1m10s; 1 task is missing"
+    assert contents.state == "not finished: 3 tasks of train x 2, played in 1m10s; 1 task is missing"
+    assert not contents.finished
     assert dict(contents.headline) == {"reward": "0.5 ± 0.1", "pass@1": "0.25", "pass@2": "0.75", "episodes": "4",
                                        "tokens a second": "9.5"}  # fmt: skip
     assert contents.environments[0].tokens == 10 and contents.environments[0].failed == 2

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from pathlib import Path
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
+from tokenizers import normalizers
 from viewer_runs import SimulatedRun, tokenizer
 
 from raygym.cli import BAD_USAGE, main
+from raygym.config import ConfigError
 from raygym.viewer.app import viewer_app
+from raygym.viewer.command import listening_socket, view
 from raygym.viewer.growing_lines import GrowingLines
 from raygym.viewer.metric_series import MetricSeries
 from raygym.viewer.run_folder import NotARun, RunFolder
@@ -54,6 +61,19 @@ def get(client, name, status=200, **params):
     answer = client.get(f"/api/{name}", params=params)
     assert answer.status_code == status, answer.text
     return answer.json()
+
+
+def written_ago(path, seconds):
+    """Everything in a folder was written so long ago."""
+    for each in path.rglob("*"):
+        os.utime(each, (time.time() - seconds,) * 2)
+
+
+def write_record(path, record, group_id):
+    """A file of one trajectory, as long whatever the rest of it says."""
+    record = {**record, "group_id": group_id, "reward": 1.0, "logprobs": [0.0] * len(record["token_ids"]), "turns": []}
+    path.write_text(json.dumps(record | {"learner_logprobs": None}) + "\n", encoding="utf-8")
+    return path
 
 
 class TestRow:
@@ -96,7 +116,7 @@ class TestRow:
 class TestGrowingLines:
     def test_reads_each_whole_line_once(self, tmp_path):
         path = tmp_path / "lines"
-        lines = GrowingLines(path)
+        lines = GrowingLines(path, tmp_path)
         assert not lines.restarted()
         assert list(lines.new()) == []
         path.write_bytes(b"one\ntw")
@@ -111,7 +131,7 @@ class TestGrowingLines:
     def test_begins_anew_where_a_resumed_run_has_cut_the_file(self, tmp_path, replaced):
         path = tmp_path / "lines"
         path.write_bytes(b"one\ntwo\n")
-        lines = GrowingLines(path)
+        lines = GrowingLines(path, tmp_path)
         lines.restarted()
         assert len(list(lines.new())) == 2
         if replaced:
@@ -121,6 +141,38 @@ class TestGrowingLines:
             os.truncate(path, 4)
         assert lines.restarted()
         assert next(iter(lines.new())) == (0, b"one\n")
+
+    def test_looks_at_a_line_without_an_end_once(self, tmp_path, monkeypatch):
+        path = tmp_path / "lines"
+        path.write_bytes(b"one\n" + b"t" * 2**21)
+        lines = GrowingLines(path, tmp_path)
+        lines.restarted()
+        assert len(list(lines.new())) == 1
+        assert lines.looked_at == lines.size
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", None)
+            lines.restarted()
+            assert list(lines.new()) == []
+        with path.open("ab") as file:
+            file.write(b"wo\nthree\n")
+        assert not lines.restarted()
+        assert [start for start, _ in lines.new()] == [4, 4 + 2**21 + 3]
+
+    def test_tells_why_a_file_cannot_be_read_and_tries_again(self, tmp_path, monkeypatch):
+        path = tmp_path / "lines"
+        path.write_bytes(b"one\n")
+        lines = GrowingLines(path, tmp_path)
+        lines.restarted()
+
+        def stale(*_):
+            raise OSError(116, "Stale file handle")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", stale)
+            assert list(lines.new()) == []
+        assert lines.problem == "lines cannot be read (Stale file handle)"
+        assert len(list(lines.new())) == 1
+        assert lines.problem == ""
 
 
 class TestIndex:
@@ -163,6 +215,48 @@ class TestIndex:
         assert index.progress.unreadable == 2
         assert index.find("trajectories", 3) is not None
         assert index.find("trajectories", 1) is None
+
+    @pytest.mark.parametrize(
+        "line",
+        ['{"env": "e", "task": Infinity', "[" * 100_000, '{"turns": ' + "[" * 100_000],
+        ids=["infinite", "deep", "deep turns"],
+    )
+    @pytest.mark.parametrize("name", ["trajectories", "dropped"])
+    def test_no_line_ends_the_reading(self, tmp_path, simulated, name, line):
+        if line.endswith("Infinity"):
+            line += ', "group_id": "g", "cause": "x", "episode": 0, "status": "s", "reward": 0, "messages": [], '
+            line += '"turns": [], "token_ids": [], "loss_mask": [], "weight_versions": []}'
+        good = simulated.record(1, 0, 0) | {"cause": "env_timeout"}
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(f"{line}\n{json.dumps(good)}\n", encoding="utf-8")
+        index = TrajectoryIndex(tmp_path)
+        index.refresh()
+        assert [row.number for row in index.rows] == [1]
+        assert index.progress.unreadable == 1
+
+    def test_a_step_of_two_alarms_is_there_once_and_not_beside_its_own_file(self, tmp_path, simulated):
+        line = json.dumps(simulated.record(2, 0, 0)) + "\n"
+        for name in ("high", "low"):
+            folder = tmp_path / "alarms" / f"step_000002_{name}"
+            folder.mkdir(parents=True)
+            (folder / "trajectories.jsonl").write_text(line, encoding="utf-8")
+        index = TrajectoryIndex(tmp_path)
+        index.refresh()
+        assert [row.file for row in index.rows] == ["alarms/step_000002_high/trajectories"]
+        # The alarm may be seen before the step's own file is.
+        (tmp_path / "trajectories").mkdir()
+        (tmp_path / "trajectories" / "step_000002.jsonl").write_text(line, encoding="utf-8")
+        index.refresh()
+        assert [row.file for row in index.rows] == ["trajectories/step_000002"]
+
+    def test_a_single_file_may_be_a_link(self, tmp_path, simulated):
+        (tmp_path / "far").mkdir()
+        (tmp_path / "far" / "of.jsonl").write_text(json.dumps(simulated.record(1, 0, 0)) + "\n", encoding="utf-8")
+        (tmp_path / "near").mkdir()
+        (tmp_path / "near" / "mine.jsonl").symlink_to(tmp_path / "far" / "of.jsonl")
+        index = TrajectoryIndex(tmp_path / "near" / "mine.jsonl")
+        index.refresh()
+        assert len(index.rows) == 1
 
     def test_shows_an_alarms_trajectories_where_a_run_keeps_no_others(self, tmp_path, simulated):
         line = json.dumps(simulated.record(2, 0, 0)) + "\n"
@@ -207,6 +301,12 @@ class TestQuery:
         assert answer["total"] == len(wanted) > 0
         rewards = [row["reward"] for row in wanted if row["reward"] is not None]
         assert sum((answer["rewards"] or {"counts": []})["counts"]) == len(rewards)
+
+    def test_counts_dropped_tasks_by_themselves(self, rows):
+        answer = TableQuery.parse({"env": "raygym/Orders (simulated)"}).answer(rows)
+        dropped = sum(row.kind == "dropped" for row in rows)
+        assert answer["total"] - answer["trajectories"] == dropped > 0
+        assert answer["of"] - answer["of_trajectories"] == dropped
 
     def test_orders_and_pages(self, rows):
         first = TableQuery.parse({"sort": "-reward", "limit": "5"}).answer(rows)
@@ -261,6 +361,39 @@ class TestMetrics:
         assert columns["series"]["loss"][:2] == [1.0, 4.0]
         assert series.names == ["loss"]
 
+    def test_the_numbers_of_the_whole_run_are_exact(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        rows = [{"step": step, "episodes/completed": 8, "time/step_s": float(step)} for step in range(1, 2501)]
+        for row in rows[::10]:
+            row["episodes/failed/env_timeout"] = 3
+        path.write_text("".join(json.dumps(row) + "\n" for row in [{"step": 0, "val/reward": 0.5}, *rows]))
+        series = MetricSeries(path)
+        series.refresh()
+        columns = series.columns()
+        assert columns["exact"]["episodes/completed"] == {"first": 8, "last": 8, "sum": 20_000, "count": 2500}
+        assert columns["exact"]["episodes/failed/env_timeout"]["sum"] == 750
+        assert columns["exact"]["time/step_s"]["last"] == series.last("time/step_s") == 2500
+        assert columns["exact"]["val/reward"] == {"first": 0.5, "last": 0.5, "sum": 0.5, "count": 1}
+        assert columns["bucket"] == 3
+        # Of three steps one had three failures, or none had: a step that names none had none.
+        failed = columns["series"]["episodes/failed/env_timeout"]
+        assert {round(value, 9) for value in failed} == {0.0, 1.0, 1.5}
+
+    def test_lines_without_bottom_and_numbers_without_end_are_left_out(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        huge = "1" + "0" * 400
+        lines = [
+            f'{{"step": {huge}}}',
+            "[" * 100_000,
+            f'{{"step": 1, "a": {huge}, "b": 1e308}}',
+            '{"step": 2, "b": 1e308}',
+        ]
+        path.write_text("".join(line + "\n" for line in lines))
+        series = MetricSeries(path)
+        series.refresh()
+        assert (series.unreadable, series.names, series.last_step) == (2, ["b"], 2)
+        assert json.dumps(series.columns()["exact"]["b"], allow_nan=False)
+
 
 class TestTokens:
     def test_say_what_they_are(self):
@@ -291,6 +424,32 @@ class TestTokens:
         (span,) = text.retokenized([*ids[:at], *single, *ids[at + 1 :]], 10)
         assert (span.start, span.end) == (10 + at, 10 + at + len(single))
         assert span.instead == (text.text(ids[at]),)
+
+    def test_each_of_many_places_of_a_long_turn_is_found(self):
+        made = tokenizer()
+        text = TokenText(made)
+        sentence = made.encode("Let me look that up. ", add_special_tokens=False).ids
+        whole = made.encode("Let me look that up. " * 500, add_special_tokens=False).ids
+        assert whole == sentence * 500 and len(whole) > 3000
+        ids, wanted = [], []
+        for number, token_id in enumerate(whole):
+            if number % 700 == 3:
+                single = [made.token_to_id(letter) for letter in made.id_to_token(token_id)]
+                wanted.append((len(ids), len(ids) + len(single), (text.text(token_id),)))
+                ids += single
+            else:
+                ids.append(token_id)
+        assert len(wanted) > 3
+        assert [(span.start, span.end, span.instead) for span in text.retokenized(ids, 0)] == wanted
+
+    def test_without_places_to_compare_one_span_has_all_differences(self):
+        made = tokenizer()
+        made.normalizer = normalizers.Lowercase()
+        ids = made.encode("me look that up.", add_special_tokens=False).ids
+        upper = [made.token_to_id("L"), *ids, made.token_to_id("L"), *ids]
+        (span,) = TokenText(made).retokenized(upper, 3)
+        assert span.start == 3
+        assert span.end <= 3 + len(ids) + 2 + 1
 
     def test_a_folder_without_a_tokenizer_has_no_text(self, tmp_path):
         assert TokenText.of(tmp_path) is None
@@ -422,6 +581,30 @@ class TestServer:
         client = TestClient(viewer_app(folder), base_url="http://localhost")
         assert "cannot be read" in get(client, "trajectory", 422, file="trajectories", number=0)["error"]
 
+    def test_what_nobody_thought_of_is_told_as_json_under_the_same_policy(self, simulated, monkeypatch):
+        folder = RunFolder(simulated.path)
+
+        def fails():
+            raise RuntimeError("nobody thought of it")
+
+        monkeypatch.setattr(folder, "events", fails)
+        client = TestClient(viewer_app(folder), base_url="http://127.0.0.1", raise_server_exceptions=False)
+        assert "nobody thought of it" in get(client, "events", 500)["error"]
+        headers = client.get("/api/events").headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+    @pytest.mark.parametrize("error", [RecursionError(), OverflowError("sum"), ZeroDivisionError()])
+    def test_what_a_run_may_cause_is_no_failure_of_the_viewer(self, simulated, monkeypatch, error):
+        folder = RunFolder(simulated.path)
+
+        def fails():
+            raise error
+
+        monkeypatch.setattr(folder, "events", fails)
+        client = TestClient(viewer_app(folder), base_url="http://127.0.0.1")
+        assert type(error).__name__ in get(client, "events", 422)["error"]
+
     def test_changes_nothing_in_the_run(self, client, simulated):
         before = {path: path.stat().st_mtime_ns for path in simulated.path.rglob("*")}
         for name in ("run", "status", "events", "metrics", "trajectories"):
@@ -437,11 +620,94 @@ class TestFolder:
         run.step(1)
         folder.refresh()
         assert folder.status()["state"] == "running"
-        for name in ("config.yaml", "metrics.jsonl"):
-            os.utime(run.path / name, (1, 1))
-        assert folder.status()["state"] == "stopped"
+        written_ago(run.path, 125)
+        # A step took 15 s.
+        assert (folder.status()["state"], folder.status()["told"]) == ("quiet", "quiet for 2 min")
+        run.append("metrics.jsonl", {"step": 2, "time/step_s": 3000.0})
+        folder.refresh()
+        written_ago(run.path, 8000)
+        assert folder.status()["state"] == "running"
+        written_ago(run.path, 9100)
+        assert folder.status()["told"] == "quiet for 2 h"
+        (run.path / "logs").mkdir()
+        assert folder.status()["state"] == "running"
+        run.event("given_up", "learner gang", "lost 4 times")
+        folder.refresh()
+        written_ago(run.path, 9100)
+        assert folder.status()["told"] == "stopped"
         run.finish()
+        assert folder.status()["told"] == "finished"
+
+    def test_an_interrupted_rollout_is_not_finished(self, tmp_path, simulated):
+        trajectories, summary = tmp_path / "trajectories.jsonl", tmp_path / "summary.json"
+        trajectories.write_text(json.dumps(simulated.record(1, 0, 0)) + "\n", encoding="utf-8")
+        summary.write_text('{"seconds": 9.0, "missing_tasks": 3}', encoding="utf-8")
+        folder = RunFolder(tmp_path)
+        assert (folder.status()["state"], folder.status()["told"]) == ("stopped", "stopped, 3 tasks missing")
+        # The same command goes on with it.
+        os.utime(summary, (1, 1))
+        assert folder.status()["state"] == "running"
+        summary.write_text('{"seconds": 9.0, "missing_tasks": 0}', encoding="utf-8")
+        os.utime(summary, (1, 1))
         assert folder.status()["state"] == "finished"
+
+    def test_goes_on_after_what_nobody_thought_of(self, tmp_path, monkeypatch):
+        run = SimulatedRun(tmp_path / "run", steps=2)
+        folder, looks, read = RunFolder(run.path), [], threading.Event()
+
+        def look(*_):
+            looks.append(1)
+            if len(looks) < 3:
+                raise RuntimeError("nobody thought of it")
+            read.set()
+
+        monkeypatch.setattr("raygym.viewer.run_folder._LOOK_EVERY_S", 0.01)
+        monkeypatch.setattr(folder.trajectories, "refresh", look)
+        folder.start()
+        assert read.wait(10)
+        folder.stop()
+        assert folder.status()["problem"] == ""
+        looks.clear()
+        monkeypatch.setattr(folder._stopped, "wait", lambda _: True)
+        folder._follow(folder._look_at_trajectories)
+        assert folder.status()["problem"] == "RuntimeError: nobody thought of it"
+
+    @pytest.mark.parametrize("link", ["config.yaml", "summary.json", "metrics.jsonl", "events.jsonl", "alarm.json"])
+    def test_shows_no_file_that_a_link_leads_to(self, tmp_path, link):
+        run = SimulatedRun(tmp_path / "run", steps=2)
+        secret = tmp_path / "secret"
+        secret.write_text('{"step": 1, "what": "secret", "alarm": "secret", "secret": 2}\n', encoding="utf-8")
+        path = run.path / ("alarms/step_000001_x/alarm.json" if link == "alarm.json" else link)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(secret)
+        folder = RunFolder(run.path)
+        folder.refresh()
+        assert "secret" not in str((folder.overview(), folder.events(), folder.metrics.columns()))
+
+    def test_a_pipe_in_a_run_is_not_waited_for(self, tmp_path):
+        run = SimulatedRun(tmp_path / "run", steps=2)
+        os.mkfifo(run.path / "summary.json")
+        os.mkfifo(run.path / "metrics.jsonl")
+        folder = RunFolder(run.path)
+        folder.refresh()
+        assert folder.overview()["summary"] is None
+
+    def test_a_file_that_was_replaced_shows_its_new_trajectory(self, tmp_path, simulated):
+        path = tmp_path / "trajectories.jsonl"
+        folder = RunFolder(write_record(path, simulated.record(1, 0, 0), "before").parent)
+        folder.refresh()
+        (before,) = folder.trajectories.rows
+        assert folder.record(before)["group_id"] == "before"
+        write_record(tmp_path / "new", simulated.record(1, 0, 0), "behind").replace(path)
+        size = path.stat().st_size
+        # Whoever asks between the replacement and the next look gets neither of them.
+        with pytest.raises((OSError, LookupError)):
+            folder.trajectories.line(before)
+        folder.refresh()
+        (after,) = folder.trajectories.rows
+        assert (after.offset, after.length) == (before.offset, size)
+        assert folder.record(after)["group_id"] == "behind"
 
     def test_a_rollout_and_a_single_file_open(self, tmp_path, simulated):
         (tmp_path / "request.json").write_text("{}", encoding="utf-8")
@@ -504,6 +770,28 @@ class TestCommand:
         assert main(["view", str(simulated.path), "--port", port]) == BAD_USAGE
         assert f"--port: {port} is none" in capsys.readouterr().err
 
+    def test_says_which_port_cannot_be_used_only_where_one_was_given(self, monkeypatch):
+        class Refused(socket.socket):
+            def bind(self, address):
+                raise OSError(99, "Cannot assign requested address")
+
+        monkeypatch.setattr("raygym.viewer.command.socket.socket", Refused)
+        with pytest.raises(ConfigError, match=r"^no port of 127\.0\.0\.1 can be used \(Cannot assign"):
+            listening_socket(None)
+        with pytest.raises(ConfigError, match=r"^--port: 80 cannot be used .*leave it out"):
+            listening_socket(80)
+
+    def test_serves_while_a_browser_of_the_terminal_is_open(self, simulated, monkeypatch):
+        serves, waited = threading.Event(), []
+        monkeypatch.setattr("webbrowser.open", lambda _: waited.append(serves.wait(5)))
+        monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: (serves.set(), time.sleep(0.1)))
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            view(simulated.path, 0, opens=True)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert waited == [True]
+
     def test_serves_on_the_loopback_interface_until_it_is_ended(self, simulated):
         command = [sys.executable, "-m", "raygym", "view", str(simulated.path), "--port", "0"]
         with subprocess.Popen(
@@ -517,7 +805,7 @@ class TestCommand:
                 address = line.split(" at ")[1].split()[0]
                 assert address.startswith("http://127.0.0.1:")
                 with urllib.request.urlopen(f"{address}api/status", timeout=10) as answer:
-                    assert json.load(answer)["state"] in ("running", "stopped")
+                    assert json.load(answer)["state"] in ("running", "quiet")
                 port = address.rstrip("/").rpartition(":")[2]
                 taken = subprocess.run([*command[:-1], port], capture_output=True, text=True, check=False)
                 assert taken.returncode == BAD_USAGE

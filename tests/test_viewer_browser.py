@@ -91,14 +91,17 @@ def test_the_overview_shows_charts_and_events(simulated, open_page):
     page.locator(".all-metrics summary").click()
     page.get_by_label("Filter metrics").fill("grad/")
     expect(page.locator(".charts.small figure")).to_have_count(1)
+    page.get_by_label("Filter metrics").fill("no metric has this name")
+    expect(page.locator(".charts.small figure")).to_have_count(0)
 
 
 def test_the_table_is_filtered_ordered_and_opened(simulated, open_page):
     page = open_page(f"{simulated[1]}#/trajectories")
     count = page.locator(".count b").first
-    expect(count).to_have_text("162")  # 12 steps of 12, 4 validations of 4, 2 dropped tasks
+    expect(count).to_have_text("160")  # 12 steps of 12, 4 validations of 4
+    expect(page.locator(".count")).to_contain_text("160 trajectories, 2 dropped tasks")
     page.get_by_label("Failure").select_option("env_timeout")
-    expect(count).to_have_text("2")
+    expect(page.locator(".count")).to_contain_text("0 of 160 trajectories, 2 dropped tasks")
     expect(page.locator("tbody .badge").first).to_have_text("dropped: env_timeout")
     page.get_by_role("button", name="Reset").click()
     page.get_by_label("Environment", exact=True).select_option("raygym/NumberGuess (simulated)")
@@ -106,7 +109,7 @@ def test_the_table_is_filtered_ordered_and_opened(simulated, open_page):
     expect(page.locator(".count")).to_contain_text("mean reward 1.00")
     assert "reward_min=1" in page.url
     page.get_by_role("button", name="Reset").click()
-    expect(count).to_have_text("162")
+    expect(count).to_have_text("160")
     page.get_by_role("button", name="Tokens").click()
     tokens = [int(text) for text in page.locator("tbody td:nth-child(8)").all_inner_texts() if text]
     assert tokens == sorted(tokens, reverse=True)
@@ -122,7 +125,7 @@ def test_the_table_is_filtered_ordered_and_opened(simulated, open_page):
     page.keyboard.press("Enter")
     expect(page.locator(".crumbs")).to_contain_text(third)
     page.keyboard.press("Escape")
-    expect(count).to_have_text("162")
+    expect(count).to_have_text("160")
 
 
 def test_a_trajectory_is_a_conversation(simulated, open_page):
@@ -326,6 +329,42 @@ def test_nothing_is_cut_off_and_all_can_use_it(simulated, open_page, width, them
             if found["impact"] in ("serious", "critical"):
                 serious.append((view, found["id"], [node["html"][:200] for node in found["nodes"][:3]]))
     assert serious == []
+
+
+def test_an_answer_that_fails_is_told_and_asked_for_again(simulated, browser):
+    address = simulated[1]
+    page = browser.new_page()
+    page.set_default_timeout(WAIT_MS)
+    held = []
+    # Who goes on before a slow trajectory is there stays where that was to.
+    page.route("**/api/trajectory?*", lambda route: held.append(route))
+    page.goto(trajectory(address))
+    while not held:
+        page.wait_for_timeout(20)
+    page.goto(f"{address}#/overview")
+    page.locator(".tile").first.wait_for()
+    with page.expect_response("**/api/trajectory?*"):
+        held[0].continue_()
+    page.unroute("**/api/trajectory?*")
+    page.wait_for_timeout(100)
+    assert page.url == f"{address}#/overview"
+    # What is wrong with one answer does not end the viewer.
+    page.route("**/api/status", lambda route: route.fulfill(status=422, json={"error": "it is broken"}))
+    expect(page.locator(".reading")).to_contain_text("it is broken")
+    expect(page.locator(".pill")).to_have_text("finished")
+    page.unroute("**/api/status")
+    expect(page.locator(".reading")).to_be_hidden()
+    page.route("**/api/status", lambda route: route.abort())
+    expect(page.locator(".pill")).to_have_text("viewer ended")
+    page.unroute("**/api/status")
+    expect(page.locator(".pill")).to_have_text("finished")
+    page.route("**/api/tokens?*", lambda route: route.fulfill(status=422, json={"error": "it is broken"}))
+    page.goto(trajectory(address, view="tokens"))
+    expect(page.locator(".more")).to_contain_text("it is broken")
+    page.unroute("**/api/tokens?*")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".tokens .token").first).to_be_visible()
+    page.close()
 
 
 def test_the_keys_are_told(simulated, open_page):

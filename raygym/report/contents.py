@@ -19,7 +19,7 @@ from raygym.report.drawing import number
 from raygym.report.environments import Environment, environments
 from raygym.report.episodes import Extremes, extremes
 from raygym.report.odd_values import ODD, finite, or_noted
-from raygym.run_reading import UnreadableRun, json_file, json_lines
+from raygym.run_reading import UnreadableRun, check_own, json_file, json_lines
 
 _MOST_TOLD = 20
 _PARTS = ("generate", "learn", "sync", "validate_wait", "checkpoint")
@@ -66,13 +66,13 @@ def read_contents(run: Path) -> Contents:
             notes.append(problem)
 
     text, config = _config(run, damaged)
-    columns = Columns(json_lines(run / "metrics.jsonl", damaged))
+    columns = Columns(json_lines(run / "metrics.jsonl", damaged, within=run))
     try:
-        summary = {**json_file(run / "request.json"), **json_file(run / "summary.json")}
+        summary = {**json_file(run / "request.json", within=run), **json_file(run / "summary.json", within=run)}
     except UnreadableRun as error:
         summary = {}
         damaged(str(error))
-    events = [event for event in json_lines(run / "events.jsonl", damaged)]
+    events = list(json_lines(run / "events.jsonl", damaged, within=run))
     labels = [str(env.get("name") or env.get("id")) for env in _sections(config, "envs")]
     rollout = played.is_rollout(summary)
     source = run / ("summary.json" if rollout else "metrics.jsonl")
@@ -89,7 +89,7 @@ def read_contents(run: Path) -> Contents:
     return Contents(
         name=str(config.get("name") or run.name),
         state=or_noted(damaged, run / "summary.json", "how it ended", state, "how it ended is not known"),
-        finished="seconds" in summary,
+        finished="seconds" in summary and not summary.get("missing_tasks"),
         headline=or_noted(damaged, source, "the headline", headline, ()),
         facts=or_noted(damaged, run / "summary.json", "the facts", lambda: _facts(run, columns, config, summary), ()),
         charts=or_noted(damaged, source, "the curves", lambda: tuple(charts(columns)), ()),
@@ -109,6 +109,7 @@ def read_contents(run: Path) -> Contents:
 
 def _config(run: Path, damaged: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
     path = run / "config.yaml"
+    check_own(path, run)
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -204,7 +205,7 @@ def _alarms(run: Path, *, damaged: Callable[[str], None]) -> tuple[tuple[int, st
     found = []
     for path in sorted((run / "alarms").glob("*/alarm.json"))[-_MOST_TOLD:]:
         try:
-            alarm = json_file(path)
+            alarm = json_file(path, within=run)
         except UnreadableRun as error:
             damaged(str(error))
             continue

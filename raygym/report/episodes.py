@@ -71,14 +71,14 @@ def extremes(run: Path, damaged: Callable[[str], None], most_bytes: int = _MOST_
         where = f"the validation after step {files[0][0]}"
     else:
         files, where = [(0, run / "trajectories.jsonl")], "the rollout"
-    parts = newest(files, most_bytes)
+    parts = newest(files, run, most_bytes)
     if not where:
         where = f"steps {parts[-1].step} to {parts[0].step}" if len(parts) > 1 else f"step {parts[0].step}"
     if len(parts) < len(files) or parts[-1].skipped:
         where += f", the last {most_bytes / 2**20:.4g} MiB of trajectories"
     best, worst = _Kept(1.0), _Kept(-1.0)
     for part in parts:
-        for record in records(part, damaged):
+        for record in records(part, run, damaged):
             if not _is_trajectory(record):
                 damaged(f"{part.path}: a line is no trajectory as raygym writes it")
                 continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raygym.run_reading import json_lines
+from raygym.run_reading import UnreadableRun, check_own, is_own, json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +22,28 @@ class Part:
     """Bytes at its beginning."""
 
 
-def newest(files: Sequence[tuple[int, Path]], most_bytes: int) -> list[Part]:
+def newest(files: Sequence[tuple[int, Path]], run: Path, most_bytes: int) -> list[Part]:
     """What is read of files that are in order: the newest first, together at most so many bytes."""
     found: list[Part] = []
     left = most_bytes
     for step, path in reversed(files):
         if left <= 0:
             break
-        size = path.stat().st_size if path.exists() else 0
+        size = path.stat().st_size if is_own(path, run) else 0
         found.append(Part(step, path, max(0, size - left)))
         left -= size
     return found
 
 
-def records(part: Part, damaged: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Its lines that are whole, one at a time; `damaged` is told of those that are no JSON object."""
+def records(part: Part, run: Path, damaged: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Its lines that are whole, one at a time; `damaged` is told of others, and of a link out of `run`."""
     if not part.skipped:
-        yield from json_lines(part.path, damaged)
+        yield from json_lines(part.path, damaged, within=run)
+        return
+    try:
+        check_own(part.path, run)
+    except UnreadableRun as error:
+        damaged(str(error))
         return
     with part.path.open("rb") as file:
         file.seek(part.skipped - 1, os.SEEK_SET)
@@ -48,7 +53,7 @@ def records(part: Part, damaged: Callable[[str], None]) -> Iterator[dict[str, An
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
                 yield record

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from raygym.run_reading import is_number
 
 _T = TypeVar("_T")
 LARGEST = 1e300
@@ -15,13 +16,7 @@ ODD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, 
 
 def finite(value: Any) -> float | None:
     """The value as a float between -1e300 and 1e300; None where it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return None
-    return max(-LARGEST, min(LARGEST, number)) if math.isfinite(number) else None
+    return max(-LARGEST, min(LARGEST, float(value))) if is_number(value) else None
 
 
 def or_noted(damaged: Callable[[str], None], source: Any, what: str, read: Callable[[], _T], otherwise: _T) -> _T:

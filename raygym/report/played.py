@@ -34,9 +34,10 @@ def state(summary: Mapping[str, Any]) -> str:
     tasks = f"{summary['tasks']} tasks of {summary['split']} x {summary['samples']}"
     if "seconds" not in summary:
         return f"not finished: {tasks}"
-    missing = summary.get("missing_tasks", 0)
     played = f"{tasks}, played in {duration(float(summary['seconds']))}"
-    return played + (f"; {missing} {'task is' if missing == 1 else 'tasks are'} missing" if missing else "")
+    if missing := summary.get("missing_tasks", 0):
+        return f"not finished: {played}; {missing} {'task is' if missing == 1 else 'tasks are'} missing"
+    return played
 
 
 def environments(summary: Mapping[str, Any]) -> list[Environment]:

@@ -71,6 +71,7 @@ def viewer_app(run: RunFolder) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(_Guarded), Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)],
+        exception_handlers={Exception: _failed},
         lifespan=lifespan,
     )
 
@@ -120,9 +121,16 @@ def _answer(question: Callable[[Request], Any]) -> Callable[[Request], Response]
             return _json({"error": str(error)}, 400)
         except _NotFound as error:
             return _json({"error": str(error)}, 404)
-        except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             return _json({"error": f"this part of the run cannot be read: {type(error).__name__}: {error}"}, 422)
 
+    return answer
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    # It is sent from outside of `_Guarded`. The server tells the rest where it was started.
+    answer = _json({"error": f"the viewer has failed at this: {type(error).__name__}: {error}"}, 500)
+    answer.headers.update(_HEADERS)
     return answer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import threading
 import webbrowser
 from pathlib import Path
 from types import FrameType
@@ -41,7 +42,8 @@ def view(path: Path, port: int | None, *, opens: bool) -> None:
         )
         print(f"{path} is shown at {address}  (Ctrl-C ends it)", flush=True)
         if opens:
-            webbrowser.open(address)
+            # One in this terminal returns when it is left, and waits for what the server answers.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         # uvicorn raises again what it was stopped by.
         signal.signal(signal.SIGTERM, _interrupt)
         with contextlib.suppress(KeyboardInterrupt):
@@ -64,7 +66,9 @@ def listening_socket(port: int | None) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
-        raise ConfigError(f"--port: {port} cannot be used ({error.strerror}); leave it out for any free one") from error
+        told = f"no port of {HOST} can be used" if port is None else f"--port: {port} cannot be used"
+        advice = "" if port is None else "; leave it out for any free one"
+        raise ConfigError(f"{told} ({error.strerror}){advice}") from error
     return listening
 
 

@@ -56,7 +56,10 @@ class TableQuery:
         return cls(tuple(keep), column or None, sort.startswith("-"), max(0, offset), min(max(1, limit), _MOST_ROWS))
 
     def answer(self, rows: Sequence[TrajectoryRow]) -> dict[str, Any]:
-        """The page, with what there is to choose from and how the rewards of all kept rows are spread."""
+        """The page, with what there is to choose from and how the rewards of all kept rows are spread.
+
+        `total` and `of` count rows, kept and all; `trajectories` and `of_trajectories` those that are no dropped task.
+        """
         kept = [row for row in rows if all(keeps(row) for keeps in self.keep)] if self.keep else list(rows)
         if (column := self.sort) is not None:
             known = [row for row in kept if getattr(row, column) is not None]
@@ -66,6 +69,8 @@ class TableQuery:
         return {
             "total": len(kept),
             "of": len(rows),
+            "trajectories": sum(row.offset >= 0 for row in kept),
+            "of_trajectories": sum(row.offset >= 0 for row in rows),
             "offset": self.offset,
             "rows": [row.shown() for row in kept[self.offset : self.offset + self.limit]],
             "reward_mean": fmean(rewards) if rewards else None,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -12,8 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WORD_BEGIN = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in the vocabularies of SentencePiece
-_MOST_ALIGNED = 3000
-"""Tokens of a turn that are compared one by one: the time grows with their square."""
+_MOST_TOLD = 100
+"""Other tokens of one place that are told by their texts."""
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -36,7 +35,7 @@ class Retokenized:
     end: int
     """One past the last, in the trajectory. Equal to `start` where tokens would be added."""
     instead: tuple[str, ...]
-    """The texts of the tokens that would stand there."""
+    """The texts of the tokens that would stand there; none where they are too many."""
 
 
 class TokenText:
@@ -84,15 +83,43 @@ class TokenText:
         ).ids
         if again == ids:
             return []
-        if max(len(ids), len(again)) > _MOST_ALIGNED:
-            same = next((n for n, pair in enumerate(zip(ids, again, strict=False)) if pair[0] != pair[1]), len(ids))
-            return [Retokenized(start + same, start + len(ids), ())]
-        differing = SequenceMatcher(None, ids, again, autojunk=False).get_opcodes()
         return [
-            Retokenized(start + a, start + b, tuple(self.text(token_id) for token_id in again[c:d]))
-            for what, a, b, c, d in differing
-            if what != "equal"
+            Retokenized(start + a, start + b, tuple(map(self.text, again[c:d])) if d - c <= _MOST_TOLD else ())
+            for a, b, c, d in self._differing(ids, again)
         ]
+
+    def _differing(self, ids: Sequence[int], again: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+        """Where two ways to write the same text differ: begin and end in both. The time grows with their lengths."""
+        pieces, others = ([self._tokenizer.id_to_token(token_id) or "" for token_id in each] for each in (ids, again))
+        if "".join(pieces) != "".join(others):
+            # A tokenizer that changes texts has no places to compare: one span, from the first to the last difference.
+            shorter = min(len(ids), len(again))
+            front = next((n for n in range(shorter) if ids[n] != again[n]), shorter)
+            back = next((n for n in range(shorter - front) if ids[-1 - n] != again[-1 - n]), shorter - front)
+            yield front, len(ids) - back, front, len(again) - back
+            return
+        at, other = 0, 0  # tokens; both have the same text before them
+        begin: tuple[int, int] | None = None
+        while at < len(ids) or other < len(again):
+            if at < len(ids) and other < len(again) and ids[at] == again[other]:
+                if begin is not None:
+                    yield begin[0], at, begin[1], other
+                    begin = None
+                at, other = at + 1, other + 1
+                continue
+            begin = begin or (at, other)
+            ahead = 0  # characters that `ids` has more
+            while True:
+                if at < len(ids) and (ahead <= 0 or other == len(again)):
+                    ahead += len(pieces[at])
+                    at += 1
+                else:
+                    ahead -= len(others[other])
+                    other += 1
+                if ahead == 0 or (at == len(ids) and other == len(again)):
+                    break
+        if begin is not None:
+            yield begin[0], at, begin[1], other
 
     def _decoded(self, token_id: int) -> str:
         raw = self._tokenizer.id_to_token(token_id)

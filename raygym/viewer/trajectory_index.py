@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from raygym.run_reading import is_own
 from raygym.viewer.growing_lines import GrowingLines
 from raygym.viewer.trajectory_row import TrajectoryRow, dropped_row, trajectory_row
 
@@ -46,10 +47,17 @@ class TrajectoryIndex:
         Args:
             path: the folder of a run or of a rollout, or one file of trajectories.
         """
-        self._path = path
+        # A file was asked for itself, wherever a link to it leads.
+        self._single = path.resolve() if path.is_file() else None
+        self._path = path if self._single is None else self._single.parent
         self._files: dict[str, _File] = {}
         self.revision = 0
         """Counts changes."""
+
+    @property
+    def problem(self) -> str:
+        """Why a file could not be read, when that was tried last; of several, one."""
+        return next((file.lines.problem for file in list(self._files.values()) if file.lines.problem), "")
 
     def refresh(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Read what was added since. `stopped` is asked at every line."""
@@ -74,7 +82,7 @@ class TrajectoryIndex:
         """How far it is."""
         files = list(self._files.values())
         return Progress(
-            sum(file.lines.read_bytes for file in files),
+            sum(file.lines.looked_at for file in files),
             sum(file.lines.size for file in files),
             len(files),
             sum(file.unreadable for file in files),
@@ -100,15 +108,13 @@ class TrajectoryIndex:
         """The trajectory itself.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: the file cannot be read, or is another one by now.
             LookupError: it was cut meanwhile.
         """
-        with self._files[row.file].lines.path.open("rb") as file:
-            file.seek(row.offset)
-            line = file.read(row.length)
-        if len(line) < row.length:
-            raise LookupError(row.file)
-        return line
+        lines = self._files[row.file].lines
+        if lines.generation != row.generation:
+            raise LookupError(f"{row.file} was replaced meanwhile")
+        return lines.part(row.offset, row.length)
 
     def _add(self, name: str, file: _File, offset: int, line: bytes) -> None:
         number, file.count = file.count, file.count + 1
@@ -119,33 +125,44 @@ class TrajectoryIndex:
                     file.rows.append(dropped_row(record, number, name))
             else:
                 named = {"file": name, "number": number, "kind": file.kind, "step": file.step}
-                file.rows.append(trajectory_row(line, **named, offset=offset))  # type: ignore[arg-type]
-        except ValueError:
+                at = {"offset": offset, "generation": file.lines.generation}
+                file.rows.append(trajectory_row(line, **named, **at))  # type: ignore[arg-type]
+        # Each line by itself: none may end the reading of all others.
+        except (ValueError, ArithmeticError, RecursionError):
             file.unreadable += 1
 
     def _discover(self) -> None:
-        if self._path.is_file():
-            self._know(self._path, "rollout", None)
+        if self._single is not None:
+            self._know(self._single, "rollout", None)
             return
         self._know(self._path / "trajectories.jsonl", "rollout", None)
         for path in sorted((self._path / "trajectories").glob("*.jsonl")):
             if found := _NAME.fullmatch(path.stem):
                 self._know(path, found[1], int(found[2]))
-        for path in sorted((self._path / "alarms").glob("*/trajectories.jsonl")):
-            # The step's own file has the same trajectories, where they are kept at all.
-            found = _ALARM.fullmatch(path.parent.name)
-            if found and f"trajectories/step_{int(found[1]):06d}" not in self._files:
-                self._know(path, "alarm", int(found[1]))
+        alarms = self._alarms()
+        for name in [name for name, file in self._files.items() if file.kind == "alarm"]:
+            if name not in {self._name(path) for path in alarms.values()}:
+                del self._files[name]
+                self.revision += 1
+        for step, path in alarms.items():
+            self._know(path, "alarm", step)
         self._know(self._path / "ledger.jsonl", "dropped", None)
         self._know(self._path / "dropped.jsonl", "dropped", None)
 
+    def _alarms(self) -> dict[int, Path]:
+        """By step the file of an alarm. Several alarms of a step have the same trajectories, and so has the step's own
+        file, where they are kept at all."""
+        found: dict[int, Path] = {}
+        for path in sorted((self._path / "alarms").glob("*/trajectories.jsonl")):
+            named = _ALARM.fullmatch(path.parent.name)
+            if named and f"trajectories/step_{int(named[1]):06d}" not in self._files:
+                found.setdefault(int(named[1]), path)
+        return found
+
     def _know(self, path: Path, kind: str, step: int | None) -> None:
-        root = self._path.parent if self._path.is_file() else self._path
-        name = path.relative_to(root).with_suffix("").as_posix()
-        if name not in self._files and path.is_file() and _inside(path, root):
-            self._files[name] = _File(GrowingLines(path), kind, step)
+        name = self._name(path)
+        if name not in self._files and is_own(path, self._path):
+            self._files[name] = _File(GrowingLines(path, self._path), kind, step)
 
-
-def _inside(path: Path, root: Path) -> bool:
-    """A link in a run that came from elsewhere must not show other files."""
-    return path.resolve().is_relative_to(root.resolve())
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._path).with_suffix("").as_posix()

@@ -52,20 +52,24 @@ class TrajectoryRow:
     offset: int = -1
     """Of the line in its file; -1 of a dropped task."""
     length: int = 0
+    generation: int = -1
+    """Of its file, see `GrowingLines`: what is at `offset` may be another trajectory later."""
 
     def shown(self) -> dict[str, Any]:
         """As JSON, without what only the reader of files needs."""
         return {name: getattr(self, name) for name in _SHOWN}
 
 
-_SHOWN = [name for name in TrajectoryRow.__slots__ if name not in ("offset", "length")]
+_SHOWN = [name for name in TrajectoryRow.__slots__ if name not in ("offset", "length", "generation")]
 
 
-def trajectory_row(line: bytes, *, file: str, number: int, kind: str, step: int | None, offset: int) -> TrajectoryRow:
+def trajectory_row(
+    line: bytes, *, file: str, number: int, kind: str, step: int | None, offset: int, generation: int = -1
+) -> TrajectoryRow:
     """The row of one line.
 
     Raises:
-        ValueError: it is no trajectory.
+        ValueError, ArithmeticError, RecursionError: it is no trajectory.
     """
     head, turns, counts = _cut_out(line) or _parsed(line)
     try:
@@ -76,7 +80,7 @@ def trajectory_row(line: bytes, *, file: str, number: int, kind: str, step: int 
             step,
             env=intern(str(head["env"])),
             task=int(head["task"]),
-            seed=head.get("seed"),
+            seed=_whole(head.get("seed")),
             group_id=intern(str(head["group_id"])),
             episode=int(head["episode"]),
             attempt=int(head.get("attempt", 0)),
@@ -89,10 +93,11 @@ def trajectory_row(line: bytes, *, file: str, number: int, kind: str, step: int 
             generated=counts[1],
             version_min=counts[2],
             version_max=counts[3],
-            generate_s=sum(float(turn.get("generate_s", 0)) for turn in turns),
-            env_s=sum(float(turn.get("env_s", 0)) for turn in turns),
+            generate_s=_finite(sum(float(turn.get("generate_s", 0)) for turn in turns)) or 0.0,
+            env_s=_finite(sum(float(turn.get("env_s", 0)) for turn in turns)) or 0.0,
             offset=offset,
             length=len(line),
+            generation=generation,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no trajectory: {error}") from error
@@ -102,7 +107,7 @@ def dropped_row(record: dict[str, Any], number: int, file: str) -> TrajectoryRow
     """The row of a task that was given up: a line of ledger.jsonl or dropped.jsonl.
 
     Raises:
-        ValueError: it is none.
+        ValueError, ArithmeticError: it is none.
     """
     try:
         cause = str(record["cause"])
@@ -110,10 +115,10 @@ def dropped_row(record: dict[str, Any], number: int, file: str) -> TrajectoryRow
             file,
             number,
             "dropped",
-            record.get("step"),
+            _whole(record.get("step")),
             env=intern(str(record["env"])),
             task=int(record["task"]),
-            seed=record.get("seed"),
+            seed=_whole(record.get("seed")),
             group_id=str(record["group_id"]),
             episode=None,
             attempt=0,
@@ -177,6 +182,11 @@ def _parsed(line: bytes) -> _Parts:
         return record, record["turns"], (*counts, min(versions, default=None), max(versions, default=None))
     except (KeyError, TypeError) as error:
         raise ValueError(f"no trajectory: {error}") from error
+
+
+def _whole(value: Any) -> int | None:
+    """Rows are ordered by it, and it gets into the page's JSON."""
+    return None if value is None else int(value)
 
 
 def _finite(value: Any) -> float | None:

@@ -1,10 +1,15 @@
 // Questions to the server. Each is a GET of this origin.
 
-/** Answers of `/api/<name>`; raises with the server's own words. */
-export async function ask(name, params = {}, signal = undefined) {
+/** Nobody answers: the viewer was ended, or is out of reach. */
+export class NoAnswer extends Error {}
+
+/** Answers of `/api/<name>`; raises with the server's own words, or `NoAnswer`. */
+export async function ask(name, params = {}) {
   const given = Object.entries(params).filter(([, value]) => value !== "" && value !== null && value !== undefined);
   const query = new URLSearchParams(given).toString();
-  const response = await fetch(`/api/${name}${query ? `?${query}` : ""}`, { signal });
+  const response = await fetch(`/api/${name}${query ? `?${query}` : ""}`).catch((error) => {
+    throw new NoAnswer(`the viewer does not answer: ${error.message}`);
+  });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error ?? `the server answered ${response.status}`);
   return answer;

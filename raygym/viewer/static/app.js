@@ -1,6 +1,6 @@
 // The page: its header, which view is shown, and what follows a run that goes on.
 
-import { ask, asked, link } from "./api.js";
+import { ask, asked, link, NoAnswer } from "./api.js";
 import { h } from "./dom.js";
 import * as format from "./format.js";
 import { group } from "./group.js";
@@ -14,7 +14,7 @@ const EVERY_MS = 1000;
 const THEMES = ["auto", "light", "dark"];
 
 const main = document.getElementById("main");
-const state = { run: null, status: null, follows: true, theme: "auto", lost: false, fresh: true };
+const state = { run: null, status: null, follows: true, theme: "auto", lost: false, problem: "", fresh: true };
 let shown = null; // of the current view: {refresh, keys}
 let showing = 0;
 
@@ -51,24 +51,27 @@ function header() {
 
 function showStatus() {
   const { status, run } = state;
-  const text = state.lost ? "viewer ended" : { file: "" }[status.state] ?? status.state;
+  const text = state.lost ? "viewer ended" : status.told;
   parts.pill.textContent = text;
-  parts.pill.className = `pill ${state.lost ? "lost" : status.state}`;
+  parts.pill.className = `pill is-${state.lost ? "lost" : status.state}`;
   parts.pill.hidden = text === "";
   const step = status.step === null ? "" : run.steps ? `step ${status.step} of ${run.steps}` : `step ${status.step}`;
   parts.progress.textContent = step;
   const left = status.total_bytes - status.read_bytes;
   const reads = status.total_bytes > 0 && left > 2 ** 20;
   const share = status.total_bytes ? status.read_bytes / status.total_bytes : 1;
-  parts.reading.hidden = !reads && !status.unreadable;
+  const problem = state.problem || status.problem;
+  parts.reading.hidden = !problem && !reads && !status.unreadable;
   parts.reading.replaceChildren(
-    ...(reads
+    ...(problem
+      ? [`Not everything that is new is shown: ${problem}`]
+      : reads
       ? [
           h("progress", { max: "1", value: share, "aria-label": "Trajectories read" }),
           `Reading trajectories: ${format.bytes(status.read_bytes)} of ${format.bytes(status.total_bytes)}; what is read so far is shown.`,
         ]
       : status.unreadable
-        ? [`${format.number(status.unreadable)} lines of this run are no trajectories and are left out.`]
+        ? [`${format.number(status.unreadable)} lines of this run cannot be read and are left out.`]
         : []),
   );
 }
@@ -115,19 +118,35 @@ async function look() {
         (key) => before[key] !== state.status[key],
       );
       showStatus();
-      if (changed && state.follows) await shown?.refresh?.();
-    } catch {
-      state.lost = true;
-      showStatus();
+      if ((changed || state.problem) && state.follows) await refreshShown();
+    } catch (error) {
+      told(error);
     }
   }
   setTimeout(look, EVERY_MS);
 }
 
+async function refreshShown() {
+  try {
+    await shown?.refresh?.();
+    state.problem = "";
+    showStatus();
+  } catch (error) {
+    told(error);
+  }
+}
+
+/** An answer that says what is wrong is an answer: the viewer goes on. */
+function told(error) {
+  state.lost = error instanceof NoAnswer;
+  state.problem = error.message;
+  showStatus();
+}
+
 function toggleFollow() {
   state.follows = !state.follows;
   parts.follow.setAttribute("aria-pressed", String(state.follows));
-  if (state.follows) shown?.refresh?.();
+  if (state.follows) refreshShown();
 }
 
 // ---- theme

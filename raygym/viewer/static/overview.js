@@ -28,9 +28,7 @@ function throughput(c) {
 
 function failures(c) {
   const kinds = Object.keys(c).filter((name) => name.startsWith("episodes/failed/"));
-  // A step without failures is a measurement, too.
-  const zero = c["episodes/completed"]?.map((count) => (count === null ? null : 0));
-  const found = kinds.map((name) => ({ name: name.slice("episodes/failed/".length), values: c[name].map((count, at) => count ?? zero?.[at] ?? null) }));
+  const found = kinds.map((name) => ({ name: name.slice("episodes/failed/".length), values: c[name] }));
   return [...found, { name: "dropped tasks", values: c["groups/dropped"] }].filter(({ values }, at, all) => at < all.length - 1 || values?.some((count) => count) || all.length === 1);
 }
 
@@ -93,16 +91,13 @@ function trained(columns, series) {
   };
 }
 
-function newest({ series }) {
-  const values = (name) => (series[name] ?? []).filter((value) => value !== null);
-  const last = (name) => values(name).at(-1);
-  const failed = Object.keys(series).filter((name) => name.startsWith("episodes/failed/")).reduce((sum, name) => sum + values(name).reduce((a, b) => a + b, 0), 0);
-  const completed = values("episodes/completed").reduce((a, b) => a + b, 0);
+/** The numbers of the run, of single steps and all of them, however many steps a point of a chart stands for. */
+function newest({ exact }) {
+  const last = (name) => exact[name]?.last;
+  const failed = Object.keys(exact).filter((name) => name.startsWith("episodes/failed/")).reduce((sum, name) => sum + exact[name].sum, 0);
+  const completed = exact["episodes/completed"]?.sum ?? 0;
   const speed = last("tokens/generated") / last("time/step_s");
-  const change = (name) => {
-    const all = values(name);
-    return all.length > 1 ? `${format.reward(all[0])} at first` : "";
-  };
+  const change = (name) => (exact[name]?.count > 1 ? `${format.reward(exact[name].first)} at first` : "");
   const tile = (title, value, more = "", kind = "") => h("div", { class: `tile ${kind}` }, h("dt", null, title), h("dd", null, h("b", null, value), h("span", { class: "quiet" }, more)));
   return [
     tile("Reward", format.reward(last("reward/mean")), change("reward/mean")),
@@ -131,12 +126,16 @@ function allMetrics() {
   const filter = h("input", { type: "search", placeholder: "Filter, such as policy/", "aria-label": "Filter metrics", oninput: () => draw() });
   const element = h("details", { class: "panel all-metrics", ontoggle: () => draw() }, h("summary", null, "All metrics"), filter, grid);
   let names = [];
+  let asking = 0;
   let kept = new Map();
 
   async function draw() {
     if (!element.open) return;
     const wanted = names.filter((name) => name.includes(filter.value.trim())).slice(0, 60);
-    const columns = await ask("metrics", { names: wanted.join(",") });
+    const mine = ++asking;
+    // A question without names is one for all.
+    const columns = wanted.length ? await ask("metrics", { names: wanted.join(",") }) : { steps: [], series: {} };
+    if (mine !== asking) return;
     for (const [name, each] of kept) if (!wanted.includes(name)) (each.end(), kept.delete(name));
     for (const name of wanted) if (!kept.has(name)) kept.set(name, chart(name, { format: name.endsWith("_s") ? format.seconds : format.number }));
     grid.replaceChildren(...wanted.map((name) => kept.get(name).element));

@@ -16,7 +16,7 @@ export async function rolloutSummary(state) {
     const passes = Object.entries(summary.pass_at ?? {}).map(([k, share]) => tile(`pass@${k}`, format.percent(share), "of the tasks"));
     element.replaceChildren(
       h("dl", { class: "tiles" },
-        tile("Trajectories", format.number(rows.total), summary.tokens ? `${format.number(summary.tokens)} tokens` : ""),
+        tile("Trajectories", format.number(rows.trajectories), summary.tokens ? `${format.number(summary.tokens)} tokens` : ""),
         tile("Reward", format.reward(rows.reward_mean), summary.reward_stderr ? `± ${format.number(summary.reward_stderr)}` : "mean"),
         passes,
         summary.tokens_per_s ? tile("Generated", `${format.number(summary.tokens_per_s)}/s`, "tokens") : null,

@@ -87,11 +87,13 @@ export async function table(params) {
 
   function show() {
     const { rows, total, of, offset } = answer;
+    const dropped = total - answer.trajectories;
     const active = Object.keys(query).filter((name) => !["sort", "offset"].includes(name)).length;
     chosenFilters.textContent = active ? `(${active} chosen)` : "";
     count.replaceChildren(
-      h("b", null, format.number(total)),
-      total === of ? " trajectories" : ` of ${format.number(of)} trajectories`,
+      h("b", null, format.number(answer.trajectories)),
+      total === of ? " trajectories" : ` of ${format.number(answer.of_trajectories)} trajectories`,
+      dropped ? `, ${format.number(dropped)} dropped ${dropped === 1 ? "task" : "tasks"}` : "",
       ...(answer.reward_mean === null ? [] : [", mean reward ", h("b", null, format.reward(answer.reward_mean))]),
     );
     spread.replaceChildren(histogram(answer.rewards, (low, high) => (fill(), change({ reward_min: low, reward_max: high }).then(fill))));

@@ -50,12 +50,18 @@ export function tokenView(told) {
   async function load() {
     if (loading || loaded >= told.tokens) return;
     loading = true;
-    const part = await ask("tokens", { file: told.row.file, number: told.row.number, start: loaded });
-    parts.push(part);
-    add(part);
-    loaded = part.end;
-    end.replaceChildren(...(loaded < told.tokens ? [h("button", { type: "button", onclick: load }, `Show more (${format.number(told.tokens - loaded)} left)`)] : []));
-    loading = false;
+    const more = (text) => h("button", { type: "button", onclick: load }, text);
+    try {
+      const part = await ask("tokens", { file: told.row.file, number: told.row.number, start: loaded });
+      parts.push(part);
+      add(part);
+      loaded = part.end;
+      end.replaceChildren(...(loaded < told.tokens ? [more(`Show more (${format.number(told.tokens - loaded)} left)`)] : []));
+    } catch (error) {
+      end.replaceChildren(h("span", { class: "badge bad", role: "alert" }, error.message), " ", more("Try again"));
+    } finally {
+      loading = false;
+    }
     showLegend();
   }
 

@@ -17,10 +17,15 @@ export async function trajectory(params) {
   const tabs = h("div");
   const element = h("div", { class: "trajectory" }, heading(told), timeline(told, goto), tabs, body);
 
-  function show(next = view) {
+  // At the beginning the address says so already, or by now is another view's, if the answer was slow.
+  function choose(next) {
     view = next;
-    tabs.replaceChildren(segmented("View", view, [["conversation", "Conversation"], ["tokens", "Tokens"]], show));
     history.replaceState(null, "", link("trajectory", { file: row.file, number: row.number, view: view === "tokens" ? view : "" }));
+    show();
+  }
+
+  function show() {
+    tabs.replaceChildren(segmented("View", view, [["conversation", "Conversation"], ["tokens", "Tokens"]], choose));
     if (view === "tokens") {
       tokens ??= tokenView(told);
       body.replaceChildren(tokens.element);
@@ -50,7 +55,7 @@ export async function trajectory(params) {
     element,
     end: () => tokens?.end(),
     keys: {
-      t: () => show(view === "tokens" ? "conversation" : "tokens"),
+      t: () => choose(view === "tokens" ? "conversation" : "tokens"),
       j: () => goto(turn + 1),
       k: () => goto(turn - 1),
       c: () => (location.hash = groupLink(row)),
