@@ -237,25 +237,26 @@ def _run(command: str, config: RunConfig, act: Callable[[RunConfig, str], None] 
     # SIGINT too: a shell's background job starts with it ignored, and would then not be stoppable.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    # Ray and the engines take seconds to import: only commands that use them pay, and bad input is told at once.
-    prepared = importlib.import_module("raygym.preflight").check_inputs(config, learns=command == "train")
-    runs = importlib.import_module("raygym.actors.runs")
     try:
-        act = act or {"eval": runs.evaluate, "serve": runs.serve}[command]
-        act(config, prepared.model_dir)
-    except ConfigError:
-        raise
+        # Ray and the engines take seconds to import: only commands that use them pay, and bad input is told at once.
+        prepared = importlib.import_module("raygym.preflight").check_inputs(config, learns=command == "train")
+        runs = importlib.import_module("raygym.actors.runs")
+        try:
+            act = act or {"eval": runs.evaluate, "serve": runs.serve}[command]
+            act(config, prepared.model_dir)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if os.environ.get("RAYGYM_TRACEBACK"):
+                raise
+            print(f"raygym: {command} failed: {runs.cause(error)}", file=sys.stderr)
+            if (logs := runs.kept_logs()) is not None:
+                print(f"raygym: Ray's logs of it are kept in {logs}", file=sys.stderr)
+            print("raygym: set RAYGYM_TRACEBACK=1 for the whole traceback", file=sys.stderr)
+            return FAILED
     except KeyboardInterrupt:
         print("raygym: interrupted; everything was stopped", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:
-        if os.environ.get("RAYGYM_TRACEBACK"):
-            raise
-        print(f"raygym: {command} failed: {runs.cause(error)}", file=sys.stderr)
-        if (logs := runs.kept_logs()) is not None:
-            print(f"raygym: Ray's logs of it are kept in {logs}", file=sys.stderr)
-        print("raygym: set RAYGYM_TRACEBACK=1 for the whole traceback", file=sys.stderr)
-        return FAILED
     return DONE
 
 

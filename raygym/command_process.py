@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import IO
@@ -21,6 +22,8 @@ from raygym.errors import RunFailed
 _PROGRAM = [sys.executable, "-m", "raygym.owned_command"]
 _BAD_CONFIG = 2
 _INTERRUPTED = 130
+_STOP_S = 200.0
+"""After an interrupt; the command itself gives up before that (see `owned_command`)."""
 _PREFIX = "raygym: "
 _LAST_LINES = 20
 """Of what a command said, where it ended without naming a cause."""
@@ -84,10 +87,16 @@ def _to_the_end(process: subprocess.Popen[str], *, quiet: bool) -> None:
 
 
 def _interrupt(process: subprocess.Popen[str], *, quiet: bool) -> None:
-    """Have it stop everything, as Ctrl-C would, and wait for that; a second interrupt does not wait."""
+    """Have it stop everything, as Ctrl-C would, and wait for that, or kill it; a second interrupt does not wait."""
     if process.poll() is None and process.stdin is not None:
         process.stdin.close()
-    _to_the_end(process, quiet=quiet)
+    too_late = threading.Timer(_STOP_S, process.kill)
+    too_late.daemon = True
+    too_late.start()
+    try:
+        _to_the_end(process, quiet=quiet)
+    finally:
+        too_late.cancel()
 
 
 def _failure(status: int, errors: IO[str]) -> BaseException:
@@ -96,8 +105,8 @@ def _failure(status: int, errors: IO[str]) -> BaseException:
     told = [line.removeprefix(_PREFIX).rstrip() for line in said if line.startswith(_PREFIX)]
     if status == _INTERRUPTED:
         return KeyboardInterrupt()
-    if status == _BAD_CONFIG and told:
-        return ConfigError("\n".join(told))
+    if status == _BAD_CONFIG and said:
+        return ConfigError("\n".join(told) or said[-1].strip())  # what argparse says has another prefix
     if told:
         return RunFailed("\n".join(told))
     how = f"was ended by signal {-status}" if status < 0 else f"ended with exit code {status}"

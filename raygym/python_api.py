@@ -7,11 +7,13 @@ the caller, and what it prints appears where the caller prints.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium
 
@@ -25,6 +27,7 @@ Config = RunConfig | str | os.PathLike[str] | Mapping[str, Any]
 """A run config: as an object, a YAML file, or what such a file holds."""
 Overrides = Sequence[str] | Mapping[str, Any]
 """Single values of a config: `["learner.lr=1e-5"]` or `{"learner.lr": 1e-5}`."""
+Split = Literal["train", "validation"]
 
 
 def train(
@@ -73,7 +76,7 @@ def rollout(
     kwargs: Mapping[str, Any] | None = None,
     tasks: int | None = None,
     samples: int = 1,
-    split: Literal["train", "validation"] = "validation",
+    split: Split = "validation",
     temperature: float | None = None,
     success: float = 1.0,
     out: str | os.PathLike[str] | None = None,
@@ -110,7 +113,12 @@ def rollout(
         >>> played = rg.rollout(policy="smollm2-135m-instruct", env="raygym/NumberGuess-v0", tasks=8, samples=4)
         >>> [trajectory.reward for trajectory in played]
     """
-    _require_positive(tasks=1 if tasks is None else tasks, samples=samples)
+    _require_counts(tasks=1 if tasks is None else tasks, samples=samples)
+    _require_numbers(success=success, temperature=0.0 if temperature is None else temperature)
+    if temperature is not None and temperature < 0:
+        raise ConfigError(f"temperature: {temperature!r} is no number from 0")
+    if split not in get_args(Split):
+        raise ConfigError(f"split: {split!r} is none; expected one of: {', '.join(get_args(Split))}")
     checked = as_config(_rollout_config(config, policy, env, kwargs), overrides)
     options = [f"--samples={samples}", f"--split={split}", f"--success={success}"]
     options += [f"--tasks={tasks}"] if tasks is not None else []
@@ -187,10 +195,16 @@ def _rollout_config(
     return as_config(config, changes) if changes else config
 
 
-def _require_positive(**counts: int) -> None:
+def _require_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name}: {count} is no whole number from 1")
+        if isinstance(count, bool) or not isinstance(count, Integral) or int(count) < 1:
+            raise ConfigError(f"{name}: {count!r} is no whole number from 1")
+
+
+def _require_numbers(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            raise ConfigError(f"{name}: {number!r} is no finite number")
 
 
 def _run(command: str, config: RunConfig, options: Sequence[str], *, quiet: bool) -> None:

@@ -18,7 +18,17 @@ from raygym.run_reading import UnreadableRun, json_file, json_lines, parsed_traj
 from raygym.types import Trajectory
 
 
-class Run:
+class _Folder:
+    """What a run and a rollout have in common."""
+
+    path: Path
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write report.html and report.md as `raygym report` does, by default into its folder; returns the first."""
+        return write_report(self.path, None if out is None else Path(out))[0]
+
+
+class Run(_Folder):
     """A training run's folder, whether the run has ended, still goes on, or was killed."""
 
     def __init__(self, path: str | Path) -> None:
@@ -76,10 +86,6 @@ class Run:
         for _, path in trajectory_files(self.path, kind):
             yield from map(parsed_trajectory, json_lines(path))
 
-    def report(self, out: str | Path | None = None) -> Path:
-        """Write report.html and report.md as `raygym report` does, by default into its folder; returns the first."""
-        return write_report(self.path, None if out is None else Path(out))[0]
-
     def __repr__(self) -> str:
         """One line: where it is and how far."""
         steps = sum(1 for _ in json_lines(self.path / "metrics.jsonl"))
@@ -92,7 +98,7 @@ class Run:
         return _table(str(self.path), self.summary or {"": "not finished"})
 
 
-class Rollout:
+class Rollout(_Folder):
     """Played episodes. Iterating reads them from their file one at a time, so that a million of them fit."""
 
     def __init__(self, path: str | Path, *, temporary: bool = False) -> None:
@@ -103,6 +109,7 @@ class Rollout:
             temporary: the folder is removed when this object is gone.
         """
         self.path = Path(path)
+        """Its folder. A temporary one lives as long as this object: who keeps only the path keeps a name of nothing."""
         if temporary:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
@@ -113,15 +120,12 @@ class Rollout:
 
     def __iter__(self) -> Iterator[Trajectory]:
         """The episodes, those of a task one after the other. Raises UnreadableRun where the file is damaged."""
-        return map(parsed_trajectory, json_lines(self.path / "trajectories.jsonl"))
+        # A generator keeps `self`, and so a temporary folder, until it is read, also in `for t in rg.rollout(...)`.
+        yield from map(parsed_trajectory, json_lines(self.path / "trajectories.jsonl"))
 
     def __len__(self) -> int:
         """Episodes, those of tasks that were given up not counted."""
         return int(self.summary.get("episodes", 0))
-
-    def report(self, out: str | Path | None = None) -> Path:
-        """Write report.html and report.md as `raygym report` does, by default into its folder; returns the first."""
-        return write_report(self.path, None if out is None else Path(out))[0]
 
     def __repr__(self) -> str:
         """One line: how many episodes, and the reward."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
+import json
 import os
 import signal
 import subprocess
@@ -14,13 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiers import only_long
 
 import raygym as rg
-from raygym import command_process
+from raygym import cli, command_process
 from raygym.config_file import load_config
 from raygym.python_api import as_config
+from raygym.results import Rollout
+from raygym.run_files import trajectory_record
+from raygym.types import EpisodeStatus, Sampling, Task, Trajectory, Turn
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -75,6 +81,13 @@ def test_what_follows_from_a_key_follows_its_override() -> None:
         (lambda: rg.rollout(), ["policy and env"]),
         (lambda: rg.rollout(TINY, kwargs={"high": 3}), ["kwargs", "env"]),
         (lambda: rg.rollout(TINY, samples=0), ["samples", "0"]),
+        (lambda: rg.rollout(TINY, samples=2.5), ["samples", "2.5", "whole number"]),
+        (lambda: rg.rollout(TINY, tasks=True), ["tasks", "True", "whole number"]),
+        (lambda: rg.rollout(TINY, split="val"), ["split", "'val'", "validation"]),
+        (lambda: rg.rollout(TINY, success=None), ["success", "None", "number"]),
+        (lambda: rg.rollout(TINY, success=float("nan")), ["success", "nan"]),
+        (lambda: rg.rollout(TINY, temperature="hot"), ["temperature", "'hot'", "number"]),
+        (lambda: rg.rollout(TINY, temperature=-1), ["temperature", "-1", "from 0"]),
         (lambda: rg.make("raygym/NumberGues-v0"), ["raygym/NumberGuess-v0"]),
         (lambda: rg.make("raygym/NumberGuess-v0", hihg=3), ["hihg"]),
         (lambda: rg.Run("/no/such/run"), ["/no/such/run", "raygym train"]),
@@ -103,6 +116,13 @@ def test_make_gives_the_environment_itself() -> None:
 def test_a_failed_run_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     program(monkeypatch, "import sys; print('noise\\nraygym: train failed: no GPU', file=sys.stderr); sys.exit(1)")
     with pytest.raises(rg.RunFailed, match=r"^train failed: no GPU$"):
+        rg.train(TINY)
+
+
+def test_arguments_that_the_command_refuses_are_a_config_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "usage: raygym train [options]\\nraygym train: error: argument --fresh: no"
+    program(monkeypatch, f"import sys; print('{said}', file=sys.stderr); sys.exit(2)")
+    with pytest.raises(rg.ConfigError, match=r"^raygym train: error: argument --fresh: no$"):
         rg.train(TINY)
 
 
@@ -142,6 +162,29 @@ async def test_a_run_inside_an_event_loop_prints_where_its_caller_does(
     assert "2 rows" in repr(run) and "<table>" in run._repr_html_()
 
 
+def _temporary_rollout(path: Path) -> Rollout:
+    played = Trajectory(
+        task=Task(0, "mine", 0, "train"), group_id="g", episode=0, attempt=0, status=EpisodeStatus.TERMINATED,
+        token_ids=np.arange(3, dtype=np.int32), loss_mask=np.array([False, True, True]),
+        logprobs=np.zeros(3, np.float32), weight_versions=np.zeros(3, np.int32),
+        turns=(Turn(1, 3, 0.5, "stop", 0.1, 0.1),), reward=0.5, messages=(), sampling=Sampling(1.0, 2), drifted=False,
+    )  # fmt: skip
+    path.mkdir()
+    (path / "trajectories.jsonl").write_text((json.dumps(trajectory_record(played)) + "\n") * 3)
+    return Rollout(path, temporary=True)
+
+
+def test_a_rollout_that_nobody_keeps_is_there_while_it_is_read(tmp_path: Path) -> None:
+    read = 0
+    for trajectory in _temporary_rollout(tmp_path / "played"):
+        gc.collect()
+        assert trajectory.reward == 0.5
+        read += 1
+    assert read == 3
+    gc.collect()
+    assert not (tmp_path / "played").exists()
+
+
 _STOPPED_BY_ITS_OWNER = """
 import raygym.cli, sys, time, pathlib, runpy
 def main():
@@ -177,10 +220,12 @@ def test_an_interrupt_stops_the_run_and_is_raised_again(monkeypatch: pytest.Monk
     assert mark.read_text() == "stopped"
 
 
-def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGINT is ignored, as with nohup"])
+def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path, ignored: bool) -> None:
     mark = tmp_path / "mark"
     code = (
-        "import sys; from raygym import command_process\n"
+        "import signal, sys; from raygym import command_process\n"
+        f"signal.signal(signal.SIGINT, signal.SIG_IGN) if {ignored} else None\n"
         f"command_process._PROGRAM = [sys.executable, '-c', {_STOPPED_BY_ITS_OWNER!r}]\n"
         f"command_process.run_command([{str(mark)!r}])"
     )
@@ -188,6 +233,60 @@ def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path) -> None
         _once(mark, "up")
         caller.kill()
     _once(mark, "stopped")
+
+
+_NOT_TO_BE_INTERRUPTED = """
+import time
+from raygym import owned_command
+owned_command.end_with_owner(again_s=0.3, times=3)
+print("up", flush=True)
+while True:
+    try:
+        time.sleep(20)
+        break
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+def test_a_run_that_takes_no_interrupt_ends_all_the_same() -> None:
+    command = [sys.executable, "-c", _NOT_TO_BE_INTERRUPTED]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.stdin.close()
+        assert process.stdout.read().count("interrupted") >= 2
+    assert process.returncode == 130
+
+
+def test_a_command_that_does_not_stop_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    write = "import pathlib, sys, time; mark = pathlib.Path(sys.argv[1]); mark.write_text('up'); time.sleep(10)"
+    program(monkeypatch, f"{write}; mark.write_text('end')")
+    monkeypatch.setattr(command_process, "_STOP_S", 0.2)
+
+    def interrupt() -> None:
+        _once(mark, "up")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        command_process.run_command([str(mark)])
+    assert mark.read_text() == "up"
+
+
+def test_an_interrupt_of_the_checks_before_a_run_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check_inputs(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raygym.preflight.check_inputs", check_inputs)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert cli.main(["train", str(TINY)]) == 130
+    assert capsys.readouterr().err == "raygym: interrupted; everything was stopped\n"
 
 
 @only_long  # two starts, each a quarter of a minute

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from raygym import cli
+from raygym.report import episodes
 from raygym.report.columns import Columns
 from raygym.report.command import cell, fence, html, markdown, write_report
 from raygym.report.contents import read_contents
@@ -160,6 +164,81 @@ def test_damaged_files_are_told_and_the_rest_is_shown(run: Path) -> None:
     assert not contents.finished
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward_components": {"a": None}}, "a line is no trajectory"),
+        ({"reward_components": [1]}, "a line is no trajectory"),
+        ({"reward": 10**400}, "a line is no trajectory"),
+        ({"reward": float("nan")}, "a line is no trajectory"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}, None),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, None),
+        ({"messages": [{"role": "assistant", "tool_calls": ["f", 5, {"function": {"name": ["g"]}}]}]}, None),
+    ],
+)
+def test_an_odd_episode_is_shown_as_it_is_or_noted(run: Path, changes: dict[str, Any], said: str | None) -> None:
+    lines(run / "trajectories/step_000020.jsonl", [trajectory(7, 50.0), {**trajectory(8, 99.0), **changes}])
+    contents = read_contents(run)
+    assert html(contents) and markdown(contents)
+    shown = [episode.task for episode in contents.episodes.best]
+    assert 7 in shown
+    assert (8 in shown) == (said is None)
+    assert [note for note in contents.notes if said is None or said not in note] == []
+    assert bool(contents.notes) == (said is not None)
+
+
+def test_an_episode_that_cannot_be_shown_is_noted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines(run / "trajectories/step_000020.jsonl", [trajectory(8, 99.0, messages=[{"role": "user", "content": "odd"}])])
+    before = episodes._text
+
+    def text(message: dict[str, Any]) -> str:
+        return before(message) if message["content"] != "odd" else message["no such key"]
+
+    monkeypatch.setattr(episodes, "_text", text)
+    contents = read_contents(run)
+    assert len(contents.episodes.best) == 2
+    assert any("step 20" in note and "task 8" in note and "KeyError" in note for note in contents.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.yaml", "{policy: foo, learner: [1], envs: 3}", ["policy", "mapping"]),
+        ("config.yaml", "{steps: 2024-99-99}", ["config.yaml", "YAML"]),
+        ("summary.json", '{"seconds": null}', ["summary.json", "how it ended"]),
+        ("summary.json", '{"seconds": Infinity}', ["summary.json", "how it ended"]),
+        ("summary.json", '{"samples": 2}', ["summary.json", "how it ended"]),
+        ("summary.json", '{"samples": 2, "pass_at": 3}', ["summary.json", "headline"]),
+        ("summary.json", '{"samples": 2, "episodes": null}', ["summary.json", "headline"]),
+        ("summary.json", '{"samples": 2, "failures": {"a": null}}', ["summary.json", "failures"]),
+        ("summary.json", '{"samples": 2, "temperature": "hot"}', ["summary.json", "facts"]),
+        ("summary.json", '{"samples": 2, "envs": {"a": {"episodes": "x"}}}', ["summary.json", "environments"]),
+        ("alarms/step_000007_gradient_spike/alarm.json", '{"step": null}', ["alarm.json", "step"]),
+        ("alarms/step_000007_gradient_spike/alarm.json", '{"step": 1e999}', ["alarm.json", "step"]),
+    ],
+)
+def test_an_odd_value_is_noted_and_the_rest_is_shown(run: Path, name: str, text: str, said: list[str]) -> None:
+    (run / name).write_text(text)
+    contents = read_contents(run)
+    assert "answer 20" in html(contents) and markdown(contents)
+    assert any(all(word in note for word in said) for note in contents.notes), contents.notes
+
+
+def test_odd_rows_and_events_are_shown_as_far_as_they_go(run: Path) -> None:
+    odd = [{"step": 1, "reward/mean": 10**400}, {"step": 10**400, "reward/mean": 1.0}, {"step": True}, {"step": -1}]
+    far = [{"step": step, "grad/norm": sign * 1.7e308, "policy/entropy": step * 5e-324, "time/step_s": 5e-324,
+            "tokens/generated": 1.7e308, "episodes/failed/x": 1.7e308, "env/a/failed": 1.7e308}
+           for step, sign in ((0, 1), (1, -1), (2, 1))]  # fmt: skip
+    lines(run / "metrics.jsonl", [*odd, *far])
+    lines(run / "events.jsonl", [{"name": "a", "what": None, "recovery_s": 10**400}, {"recovery_s": float("nan")}])
+    contents = read_contents(run)
+    page = html(contents)
+    drawn = re.findall(r'd="([^"]*)"', page)
+    assert drawn and not any(word in path for path in drawn for word in ("nan", "inf"))
+    assert "Gradient" in markdown(contents) and contents.state.startswith("not finished: step 2 ")
+    assert contents.events[0] == "a "
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "summary.json", "trajectories/step_000020.jsonl",
                                   "alarms/step_000007_gradient_spike/alarm.json"])  # fmt: skip
 def test_a_link_out_of_the_run_is_told_and_not_read(run: Path, tmp_path: Path, name: str) -> None:
@@ -235,6 +314,26 @@ def test_without_trained_trajectories_the_last_validation_is_shown(tmp_path: Pat
     assert extremes(tmp_path / "none", pytest.fail).best == ()
 
 
+def test_of_many_trajectories_only_the_newest_are_read(tmp_path: Path) -> None:
+    for step in range(91, 101):
+        lines(tmp_path / f"trajectories/step_{step:06d}.jsonl", [trajectory(step, 1000.0 - step)])
+    size = (tmp_path / "trajectories/step_000100.jsonl").stat().st_size
+    whole = extremes(tmp_path, pytest.fail, 10 * size)
+    assert whole.where == "steps 91 to 100" and whole.best[0].task == 91
+    cut = extremes(tmp_path, pytest.fail, 5 * size // 2)
+    assert cut.where.startswith("steps 98 to 100, the last 0.00") and cut.where.endswith(" MiB of trajectories")
+    assert [e.task for e in cut.best] == [99, 100], "of step 98 only half a line was read"
+    lines(tmp_path / "rollout/trajectories.jsonl", [trajectory(task, float(task)) for task in range(1, 10)])
+    found = extremes(tmp_path / "rollout", pytest.fail, 3 * size + 9)
+    assert found.where.startswith("the rollout, the last ")
+    assert [e.task for e in found.worst] == [7, 8, 9]
+    with (tmp_path / "rollout/trajectories.jsonl").open("a") as file:
+        file.write('3\n{"half')
+    said: list[str] = []
+    assert extremes(tmp_path / "rollout", said.append, 2 * size).best[0].task == 9
+    assert len(said) == 1 and "no JSON object" in said[0]
+
+
 def test_a_rollout_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{name: played, policy: {model: tiny}}")
     env = {"episodes": 4, "turns_mean": 1.5, "tokens": 40, "failures": {"env_error": 2}, "reward": 0.5,
@@ -277,6 +376,14 @@ def test_messages_of_every_form_are_shown(tmp_path: Path) -> None:
     assert episode.messages[2].note == "reward 0.25, 5 tokens, 0.5 s, cut off by the token limit"
 
 
+def test_the_last_reply_is_the_last_turns(tmp_path: Path) -> None:
+    turns = [{**trajectory(1, 0.0)["turns"][0], "reward": reward} for reward in (0.0, 1.0, 2.0)]
+    messages = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "the end of a long history"}]
+    lines(tmp_path / "trajectories/step_000001.jsonl", [trajectory(1, 0.25, messages=messages, turns=turns)])
+    (episode,) = extremes(tmp_path, pytest.fail).best
+    assert [said.note[:8] for said in episode.messages] == ["", "reward 2"]
+
+
 def test_long_texts_and_long_episodes_are_shortened(tmp_path: Path) -> None:
     assert clipped("x" * 2400) == "x" * 2400
     text = clipped("a" * 5000 + "z" * 5000)
@@ -303,6 +410,16 @@ def test_ticks_are_round_and_cover_the_values(span: tuple[float, float]) -> None
     assert 2 <= len(found) <= 7
     steps = [after - before for before, after in itertools.pairwise(found)]
     assert max(steps) == pytest.approx(min(steps))
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False))
+@example(-1.7e308, 1.7e308)
+@example(0.0, 5e-324)
+@example(1.0, 1.0000000000000002)
+def test_ticks_of_any_values_are_few_and_rise(one: float, other: float) -> None:
+    found = ticks(min(one, other), max(one, other))
+    assert 2 <= len(found) <= 8 and all(map(math.isfinite, found))
+    assert found[0] < found[-1] and found == sorted(found)
 
 
 def test_numbers_as_people_write_them() -> None:

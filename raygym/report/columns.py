@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raygym.run_reading import is_number
+from raygym.report.odd_values import finite
 
 Points = list[tuple[int, float]]
 """(step, value), in order."""
+_MOST_STEPS = 2**53
+"""A float is exact up to here."""
 
 
 class Columns:
@@ -20,17 +22,15 @@ class Columns:
         self._points: dict[str, Points] = defaultdict(list)
         self.steps = 0
         """The last step that was made."""
-        self.rows = 0
         for row in rows:
             step = row.get("step")
-            if not isinstance(step, int):
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _MOST_STEPS:
                 continue
-            self.rows += 1
             self.steps = max(self.steps, step)
             for name, value in row.items():
                 # Half of the rows' text is what other pages show.
-                if name != "step" and is_number(value):
-                    self._points[name].append((step, float(value)))
+                if name != "step" and (number := finite(value)) is not None:
+                    self._points[name].append((step, number))
 
     def __getitem__(self, name: str) -> Points:
         """Of one name; nothing where no row has it."""
@@ -49,9 +49,10 @@ class Columns:
         return sorted(sums.items())
 
     def ratio(self, above: str, below: str) -> Points:
-        """By step, one by the other, where both are known and the second is not 0."""
+        """By step, one by the other, where both are known and the second is not 0, or next to it."""
         by = dict(self[below])
-        return [(step, value / by[step]) for step, value in self[above] if by.get(step)]
+        quotients = [(step, finite(value / by[step])) for step, value in self[above] if by.get(step)]
+        return [(step, quotient) for step, quotient in quotients if quotient is not None]
 
     def total(self, name: str) -> float:
         """The sum over all steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from raygym.report.curves import Chart, charts
 from raygym.report.drawing import number
 from raygym.report.environments import Environment, environments
 from raygym.report.episodes import Extremes, extremes
+from raygym.report.odd_values import ODD, finite, or_noted
 from raygym.run_reading import UnreadableRun, check_own, json_file, json_lines
 
 _MOST_TOLD = 20
@@ -63,7 +65,7 @@ def read_contents(run: Path) -> Contents:
         if len(notes) < _MOST_TOLD:
             notes.append(problem)
 
-    text, config = _config(run)
+    text, config = _config(run, damaged)
     columns = Columns(json_lines(run / "metrics.jsonl", damaged, within=run))
     try:
         summary = {**json_file(run / "request.json", within=run), **json_file(run / "summary.json", within=run)}
@@ -71,31 +73,41 @@ def read_contents(run: Path) -> Contents:
         summary = {}
         damaged(str(error))
     events = list(json_lines(run / "events.jsonl", damaged, within=run))
-    failures = {name.rpartition("/")[2]: int(columns.total(name)) for name in columns.names("episodes/failed/")}
     labels = [str(env.get("name") or env.get("id")) for env in _sections(config, "envs")]
     rollout = played.is_rollout(summary)
-    if rollout:
-        failures = dict(summary.get("failures", {}))
+    source = run / ("summary.json" if rollout else "metrics.jsonl")
+
+    def state() -> str:
+        return played.state(summary) if rollout else _state(run, columns, summary, events)
+
+    def headline() -> tuple[tuple[str, str], ...]:
+        return played.headline(summary) if rollout else _headline(columns, config)
+
+    def of_environments() -> tuple[Environment, ...]:
+        return tuple(played.environments(summary) if rollout else environments(columns, labels))
+
     return Contents(
         name=str(config.get("name") or run.name),
-        state=played.state(summary) if rollout else _state(run, columns, summary, events),
+        state=or_noted(damaged, run / "summary.json", "how it ended", state, "how it ended is not known"),
         finished="seconds" in summary and not summary.get("missing_tasks"),
-        headline=played.headline(summary) if rollout else _headline(columns, config),
-        facts=_facts(run, columns, config, summary),
-        charts=tuple(charts(columns)),
-        time_split=_time_split(columns),
-        environments=tuple(played.environments(summary) if rollout else environments(columns, labels)),
-        failures=tuple(sorted(failures.items(), key=lambda item: -item[1])),
+        headline=or_noted(damaged, source, "the headline", headline, ()),
+        facts=or_noted(damaged, run / "summary.json", "the facts", lambda: _facts(run, columns, config, summary), ()),
+        charts=or_noted(damaged, source, "the curves", lambda: tuple(charts(columns)), ()),
+        time_split=or_noted(damaged, source, "where the time goes", lambda: _time_split(columns), ()),
+        environments=or_noted(damaged, source, "the environments", of_environments, ()),
+        failures=or_noted(damaged, source, "the failures", lambda: _failures(columns, summary, rollout=rollout), ()),
         alarms=_alarms(run, damaged=damaged),
         events=tuple(_event(event) for event in events[-_MOST_TOLD:]),
-        episodes=extremes(run, damaged),
+        episodes=or_noted(
+            damaged, run, "the best and worst episodes", lambda: extremes(run, damaged), Extremes((), (), "")
+        ),
         config=text,
         notes=tuple(notes),
         made=f"raygym {raygym.__version__}, {_clock(time.time())}",
     )
 
 
-def _config(run: Path) -> tuple[str, dict[str, Any]]:
+def _config(run: Path, damaged: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
     path = run / "config.yaml"
     check_own(path, run)
     try:
@@ -106,9 +118,15 @@ def _config(run: Path) -> tuple[str, dict[str, Any]]:
     try:
         # Not `load_config`: a report of a run that another version made is still a report.
         found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, *ODD):
         found = None
-    return text, found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        damaged(f"{path}: is no mapping in YAML; what the config says is left out")
+        return text, {}
+    for key in ("policy", "rollout", "learner"):
+        if not isinstance(found.get(key) or {}, dict):
+            damaged(f"{path}: {key} is a {type(found.pop(key)).__name__}; expected a mapping")
+    return text, found
 
 
 def _state(run: Path, columns: Columns, summary: dict[str, Any], events: list[dict[str, Any]]) -> str:
@@ -164,6 +182,12 @@ def _restarts(summary: dict[str, Any]) -> bool:
     return isinstance(summary.get("restarts"), dict)
 
 
+def _failures(columns: Columns, summary: dict[str, Any], *, rollout: bool) -> tuple[tuple[str, int], ...]:
+    of_steps = {name.rpartition("/")[2]: int(columns.total(name)) for name in columns.names("episodes/failed/")}
+    failures = dict(summary.get("failures", {})) if rollout else of_steps
+    return tuple(sorted(failures.items(), key=lambda item: -item[1]))
+
+
 def _time_split(columns: Columns) -> tuple[tuple[str, float, float], ...]:
     whole = columns.mean("time/step_s")
     if not whole:
@@ -177,7 +201,7 @@ def _time_split(columns: Columns) -> tuple[tuple[str, float, float], ...]:
     return tuple((part, seconds, seconds / total) for part, seconds in parts if seconds / total >= 0.001)
 
 
-def _alarms(run: Path, *, damaged: Any) -> tuple[tuple[int, str, str], ...]:
+def _alarms(run: Path, *, damaged: Callable[[str], None]) -> tuple[tuple[int, str, str], ...]:
     found = []
     for path in sorted((run / "alarms").glob("*/alarm.json"))[-_MOST_TOLD:]:
         try:
@@ -185,15 +209,18 @@ def _alarms(run: Path, *, damaged: Any) -> tuple[tuple[int, str, str], ...]:
         except UnreadableRun as error:
             damaged(str(error))
             continue
-        found.append((int(alarm.get("step", 0)), str(alarm.get("alarm")), str(alarm.get("reason"))))
+        if not isinstance(step := alarm.get("step", 0), int):
+            damaged(f"{path}: step is {step!r}; expected a whole number")
+            continue
+        found.append((step, str(alarm.get("alarm")), str(alarm.get("reason"))))
     return tuple(found)
 
 
 def _event(event: dict[str, Any]) -> str:
     parts = [str(event.get(key) or "") for key in ("name", "what", "cause")]
     told = f"{parts[0]} {parts[1].replace('_', ' ')}" + (f": {parts[2]}" if parts[2] else "")
-    recovery = event.get("recovery_s")
-    return told + (f" (after {recovery:.0f} s)" if isinstance(recovery, int | float) else "")
+    recovery = finite(event.get("recovery_s"))
+    return told + (f" (after {recovery:.0f} s)" if recovery is not None else "")
 
 
 def _sections(config: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from raygym.report.curves import Chart
+from raygym.report.odd_values import LARGEST
 
 _WIDTH, _HEIGHT = 360, 172
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 22
 _TICKS = 4
 _MOST_MARKS = 30
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+_SMALLEST = 1e-290
+"""What is closer to 0 is drawn as 0."""
+_SAME = 1e-9
+"""Values that differ by this share of themselves are drawn as one: floats between them would be too few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,12 @@ def svg(chart: Chart) -> Markup:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, three to six of them, the first at most `low`, the last at least `high`."""
-    if low == high:
+    """Round numbers, three to six of them, the first at most `low`, the last at least `high`.
+
+    But for what is beyond 1e300, and for what is as good as 0.
+    """
+    low, high = (0.0 if abs(end) < _SMALLEST else max(-LARGEST, min(LARGEST, end)) for end in (low, high))
+    if high - low <= _SAME * max(abs(low), abs(high)):
         low, high = (0.0, high) if high > 0 else (low, 0.0) if low < 0 else (0.0, 1.0)
     raw = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(raw))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raygym.run_reading import json_lines, trajectory_files
+from raygym.message_turns import turn_of
+from raygym.report.newest import newest, records
+from raygym.report.odd_values import finite, or_noted
+from raygym.run_reading import trajectory_files
 
 _SHOWN = 3
 _LAST_SHARE = 0.1
 """Of the steps: what the policy does by now, not what it did at first."""
+_MOST_BYTES = 256 << 20
+"""Of trajectories that are looked through, which takes some seconds."""
 _MOST_CHARACTERS, _KEPT_HEAD, _KEPT_TAIL = 2400, 1600, 500
 _MOST_MESSAGES, _FIRST_MESSAGES = 30, 6
 
@@ -46,29 +52,39 @@ class Extremes:
     best: tuple[Episode, ...]
     worst: tuple[Episode, ...]
     where: str
-    """Such as `steps 91 to 100`."""
+    """Such as `steps 91 to 100`; also whether not all of them was read."""
 
 
-def extremes(run: Path, damaged: Callable[[str], None]) -> Extremes:
-    """Read the last steps' trajectories one at a time; without any, those of the last validation, or of a rollout."""
-    files = trajectory_files(run, "step")
+def extremes(run: Path, damaged: Callable[[str], None], most_bytes: int = _MOST_BYTES) -> Extremes:
+    """Read the last steps' trajectories one at a time; without any, those of the last validation, or of a rollout.
+
+    Args:
+        run: the folder.
+        damaged: is told of what cannot be shown.
+        most_bytes: no more than the newest so many are read.
+    """
+    files, where = trajectory_files(run, "step"), ""
     if files:
         first = files[-1][0] - max(1, round(_LAST_SHARE * files[-1][0])) + 1
         files = [(step, path) for step, path in files if step >= first]
-        where = f"steps {files[0][0]} to {files[-1][0]}" if len(files) > 1 else f"step {files[0][0]}"
     elif files := trajectory_files(run, "validation")[-1:]:
         where = f"the validation after step {files[0][0]}"
     else:
         files, where = [(0, run / "trajectories.jsonl")], "the rollout"
+    parts = newest(files, run, most_bytes)
+    if not where:
+        where = f"steps {parts[-1].step} to {parts[0].step}" if len(parts) > 1 else f"step {parts[0].step}"
+    if len(parts) < len(files) or parts[-1].skipped:
+        where += f", the last {most_bytes / 2**20:.4g} MiB of trajectories"
     best, worst = _Kept(1.0), _Kept(-1.0)
-    for step, path in files:
-        for record in json_lines(path, damaged, within=run):
+    for part in parts:
+        for record in records(part, run, damaged):
             if not _is_trajectory(record):
-                damaged(f"{path}: a line is no trajectory as raygym writes it")
+                damaged(f"{part.path}: a line is no trajectory as raygym writes it")
                 continue
-            best.see(step, record)
-            worst.see(step, record)
-    return Extremes(best.shown(), worst.shown(), where)
+            best.see(part.step, record)
+            worst.see(part.step, record)
+    return Extremes(best.shown(damaged), worst.shown(damaged), where)
 
 
 class _Kept:
@@ -92,9 +108,15 @@ class _Kept:
         # Of a long episode the tokens are most of it, and nobody reads them here.
         self._kept[key] = (rank, step, {**record, "token_ids": (), "logprobs": (), "weight_versions": ()})
 
-    def shown(self) -> tuple[Episode, ...]:
+    def shown(self, damaged: Callable[[str], None]) -> tuple[Episode, ...]:
         ranked = sorted(self._kept.values(), key=lambda kept: kept[0], reverse=True)
-        return tuple(_episode(step, record) for _, step, record in ranked)
+        made = (
+            or_noted(
+                damaged, f"step {step}", f"an episode of task {record['task']}", partial(_episode, step, record), None
+            )
+            for _, step, record in ranked
+        )
+        return tuple(episode for episode in made if episode is not None)
 
 
 def _episode(step: int, record: Mapping[str, Any]) -> Episode:
@@ -109,12 +131,11 @@ def _episode(step: int, record: Mapping[str, Any]) -> Episode:
     return Episode(step, record["env"], record["task"], record["reward"], ", ".join(facts), said)
 
 
-def _messages(messages: Iterable[Mapping[str, Any]], turns: list[Mapping[str, Any]]) -> tuple[Said, ...]:
-    listed = list(messages)
-    # What the policy said comes last: a prompt may have examples of its own, with the same role.
-    own = [index for index, message in enumerate(listed) if message.get("role") == "assistant"][-len(turns) :]
-    notes = {index: _note(turn) for index, turn in zip(own, turns, strict=False)} if turns else {}
-    said = [Said(str(m.get("role", "?")), clipped(_text(m)), notes.get(i, "")) for i, m in enumerate(listed)]
+def _messages(messages: Sequence[Mapping[str, Any]], turns: Sequence[Mapping[str, Any]]) -> tuple[Said, ...]:
+    said = []
+    for message, turn in zip(messages, turn_of(messages, len(turns)), strict=True):
+        note = _note(turns[turn]) if turn is not None and message.get("role") == "assistant" else ""
+        said.append(Said(str(message.get("role", "?")), clipped(_text(message)), note))
     if len(said) <= _MOST_MESSAGES:
         return tuple(said)
     left_out = len(said) - _MOST_MESSAGES
@@ -136,12 +157,18 @@ def _text(message: Mapping[str, Any]) -> str:
         parts += [str(p["text"]) if isinstance(p, dict) and "text" in p else json.dumps(p) for p in content]
     elif content is not None:
         parts.append(json.dumps(content))
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, dict) else {"name": str(call)}
-        arguments = function.get("arguments", "")
-        written = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        parts.append(f"→ {function.get('name')}({written})")
+    calls = message.get("tool_calls") or []
+    parts += [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     return "\n".join(parts)
+
+
+def _call(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        return f"→ {function if isinstance(function, str) else json.dumps(function)}()"
+    arguments = function.get("arguments", "")
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return f"→ {function.get('name')}({written})"
 
 
 def clipped(text: str) -> str:
@@ -153,24 +180,22 @@ def clipped(text: str) -> str:
 
 
 def _is_trajectory(record: Mapping[str, Any]) -> bool:
-    kinds: dict[str, Any] = {
-        "env": str,
-        "task": int,
-        "reward": int | float,
-        "turns": list,
-        "messages": list,
-        "status": str,
-    }
-    kinds |= {"attempt": int, "drifted": bool}
-    turn: dict[str, Any] = {
-        "start": int,
-        "end": int,
-        "reward": int | float,
-        "generate_s": int | float,
-        "finish_reason": str,
-    }
+    kinds: dict[str, Any] = {"env": str, "task": int, "turns": list, "messages": list, "status": str, "attempt": int}
+    kinds |= {"drifted": bool}
+    components = record.get("reward_components") or {}
     return (
         all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+        and finite(record.get("reward")) is not None
+        and isinstance(components, dict)
+        and all(finite(value) is not None for value in components.values())
         and all(isinstance(message, dict) for message in record["messages"])
-        and all(isinstance(t, dict) and all(isinstance(t.get(k), v) for k, v in turn.items()) for t in record["turns"])
+        and all(isinstance(turn, dict) and _is_turn(turn) for turn in record["turns"])
+    )
+
+
+def _is_turn(turn: Mapping[str, Any]) -> bool:
+    kinds: dict[str, Any] = {"start": int, "end": int, "finish_reason": str}
+    numbers = ("reward", "generate_s")
+    return all(isinstance(turn.get(key), kind) for key, kind in kinds.items()) and all(
+        finite(turn.get(key)) is not None for key in numbers
     )

@@ -8,6 +8,7 @@ from typing import Any
 from raygym.live_console import duration
 from raygym.report.drawing import number
 from raygym.report.environments import Environment
+from raygym.report.odd_values import finite
 
 
 def is_rollout(summary: Mapping[str, Any]) -> bool:
@@ -44,14 +45,14 @@ def environments(summary: Mapping[str, Any]) -> list[Environment]:
     return [
         Environment(
             name=name,
-            episodes=row["episodes"],
+            episodes=int(row["episodes"]),
             reward_first=None,
-            reward_last=row.get("reward"),
-            turns=row.get("turns_mean"),
-            tokens=row["tokens"] / row["episodes"] if row["episodes"] else None,
+            reward_last=finite(row.get("reward")),
+            turns=finite(row.get("turns_mean")),
+            tokens=finite(row["tokens"] / row["episodes"]) if row["episodes"] else None,
             step_s=None,
             failed=sum(row["failures"].values()),
-            own=tuple((f"pass@{k}", None, share) for k, share in row["pass_at"].items()),
+            own=tuple((f"pass@{k}", None, finite(share)) for k, share in row["pass_at"].items()),
         )
         for name, row in sorted(summary.get("envs", {}).items())
     ]

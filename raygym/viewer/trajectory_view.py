@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raygym.message_turns import turn_of
 from raygym.viewer.token_text import TokenText
 
 Record = Mapping[str, Any]
@@ -47,18 +48,6 @@ def conversation(record: Record, tokens: TokenText | None) -> dict[str, Any]:
         "retokenized": None if tokens is None else _retokenized(record, tokens),
         "logprob_of_turn": [_mean_logprob(record, turn) for turn in turns],
     }
-
-
-def turn_of(messages: Sequence[Mapping[str, Any]], turns: int) -> list[int | None]:
-    """For each message the number of its turn. A prompt may have examples of replies, so turns are counted from the
-    end: the last assistant message is the last turn's."""
-    replies = sum(message.get("role") == "assistant" for message in messages)
-    number = turns - replies - 1
-    found: list[int | None] = []
-    for message in messages:
-        number += message.get("role") == "assistant"
-        found.append(number if 0 <= number < turns else None)
-    return found
 
 
 def segments(turns: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
