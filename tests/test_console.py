@@ -265,6 +265,100 @@ def test_what_others_print_is_in_the_log_alone(tmp_path: Path) -> None:
     assert log.read_text().splitlines() == ["a library prints", "C++ writes", "a child prints"]
 
 
+def written_to(file: Any, monkeypatch: pytest.MonkeyPatch) -> RunConsole:
+    """All that a run's console can print, on a standard output that is `file`."""
+    monkeypatch.setattr(sys, "stdout", file)
+    run = RunConsole(8, verbosity=Verbosity.VERBOSE)
+    run.line("line")
+    run.detail("detail")
+    with run.phase("phase"):
+        run.step(1, STEP)
+    return run
+
+
+def test_a_console_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    written_to(full, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    closed = (tmp_path / "closed").open("w")
+    closed.close()
+    for absent in (closed, None):
+        run = written_to(absent, monkeypatch)
+        with monkeypatch.context() as later:
+            later.setattr(sys, "stdout", text := io.StringIO())
+            run.write_to(None)
+            run.line("seen")
+        assert text.getvalue() == "seen\n"
+
+
+class FullForAWhile(io.RawIOBase):
+    full, taken = True, b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.taken += bytes(data)
+        return len(data)
+
+
+def test_what_a_full_disk_has_no_room_for_is_written_later_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullForAWhile()
+    file = io.TextIOWrapper(io.BufferedWriter(disk), encoding="utf-8", line_buffering=True)
+    monkeypatch.setattr(sys, "stdout", file)
+    live = LiveConsole()
+    live.line("one")
+    live.line("two")
+    disk.full = False
+    live.line("three")
+    assert disk.taken == b"one\ntwo\nthree\n"
+
+
+NOBODY_READS = """
+import os, sys, threading
+from pathlib import Path
+from raygym.console import RunConsole
+from raygym.driver_log import driver_log
+console = RunConsole(3)
+def say(where):
+    console.line(where)
+    thread = threading.Thread(target=console.line, args=[where])
+    thread.start()
+    thread.join()
+if sys.argv[2] == "early":
+    sys.stdin.readline()
+    say("before")
+with driver_log(Path(sys.argv[1]), console):
+    if sys.argv[2] == "late":
+        console.line("shown")
+        sys.stdin.readline()
+    say("inside")
+    print("a library prints", flush=True)
+say("after")
+Path(sys.argv[1]).with_name("went on").touch()
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(when: str, tmp_path: Path) -> None:
+    log = tmp_path / "driver.log"
+    command = [sys.executable, "-c", NOBODY_READS, str(log), when]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdin and run.stdout and run.stderr
+    if when == "late":
+        assert run.stdout.readline() == "shown\n"
+    run.stdout.close()
+    run.stdin.write("go on\n")
+    run.stdin.close()
+    assert (run.wait(60), run.stderr.read()) == (0, "")
+    run.stderr.close()
+    assert (tmp_path / "went on").exists()
+    assert log.read_text() == "a library prints\n", "the log is still the log"
+
+
 def worker_logs(folder: Path, logs: Mapping[str, str]) -> Path:
     folder.mkdir()
     for name, text in logs.items():
