@@ -106,10 +106,8 @@ def _train(
             with console.phase("starting engines, learners and environments"):
                 session.__enter__()
             ready_s = time.monotonic() - started
-            console.note(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
-            console.detail(
-                f"logs: {logs / 'driver.log'}; of the actors, until the run ends: {session_logs() or 'see Ray'}"
-            )
+            console.note(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}; logs in {logs / 'driver.log'}")
+            console.detail(f"logs of the actors, until the run ends: {session_logs() or 'see Ray'}")
             summary = train_through_losses(config, session, files, console, resumed, mirror)
         finally:
             with ExitStack() as stack:

@@ -80,7 +80,10 @@ class RunConsole(LiveConsole):
         self._row_at = self._started
 
     def resume(self, step: int) -> None:
-        """The next row is of the step after `step`, and time counts from here."""
+        """The next row is of the step after `step`, and time counts from here. What was made after it is taken back."""
+        for _ in range(min(len(self._rewards), self._made - step)):
+            self._rewards.pop()
+        self._validations = {made: reward for made, reward in self._validations.items() if made <= step}
         self._resumed_at = self._made = step
         self.start_clock()
 

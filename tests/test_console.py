@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -265,6 +266,61 @@ def test_what_others_print_is_in_the_log_alone(tmp_path: Path) -> None:
     assert log.read_text().splitlines() == ["a library prints", "C++ writes", "a child prints"]
 
 
+def test_a_record_that_cannot_be_formatted_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own raise
+    console = console_of(100)
+    with driver_log(tmp_path / "driver.log", LiveConsole(console, Verbosity.VERBOSE)):
+        logging.getLogger("some.library").warning("%d of", "x")
+        try:
+            raise LookupError("no such key")
+        except LookupError:
+            logging.getLogger("some.library").exception("odd")
+    assert "--- Logging error ---" in capsys.readouterr().err
+    shown = console.export_text().splitlines()
+    assert (shown[0], shown[-1]) == ("some.library: odd", "LookupError: no such key")
+
+
+def test_who_ends_a_run_names_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "driver.log"
+    with pytest.raises(RuntimeError) as raised, driver_log(log, LiveConsole(console_of(100))):
+        raise RuntimeError("no GPU")
+    assert raised.value.__notes__ == [f"what it and its libraries printed is in {log}"]
+
+
+ENDS_HARD = """
+import faulthandler, os, sys, threading
+from pathlib import Path
+from raygym.driver_log import driver_log
+from raygym.live_console import LiveConsole
+hook = threading.excepthook
+with driver_log(Path("before.log"), LiveConsole()):
+    pass
+assert threading.excepthook is hook and not faulthandler.is_enabled()
+with driver_log(Path("driver.log"), LiveConsole()):
+    def lose(error):
+        raise error
+    for error in (ValueError("odd\\nvalue"), SystemExit(1), ValueError("odd\\nvalue")):
+        thread = threading.Thread(target=lose, args=[error], name="mirror")
+        thread.start()
+        thread.join()
+    os.abort()
+"""
+
+
+def test_a_driver_that_ends_hard_says_so(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop("PYTHONFAULTHANDLER", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_HARD], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert done.stdout == "warning: thread mirror has ended by ValueError: odd value; see driver.log\n", "once"
+    assert (tmp_path / "driver.log").read_text().count("Traceback") == 2
+
+
 def written_to(file: Any, monkeypatch: pytest.MonkeyPatch) -> RunConsole:
     """All that a run's console can print, on a standard output that is `file`."""
     monkeypatch.setattr(sys, "stdout", file)
@@ -394,6 +450,17 @@ def test_a_picture_of_a_run_shows_its_own_rows(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=60, env=os.environ | {"PYTHONPATH": str(root)})
     picture = (tmp_path / "x.svg").read_text()
     assert "0.250" in picture and "step&#160;3" in picture and "0.375" not in picture
+
+
+def test_what_a_rewind_takes_back_is_not_in_the_view() -> None:
+    console = console_of(100, terminal=True)
+    run, _ = stepped(console)
+    for step, reward in ((0, 0.125), (2, 0.25), (3, 0.5)):
+        run.validation(step, {"val/reward": reward, "val/failed": 0, "time/validate_s": 2.0})
+    run.resume(2)
+    with run.doing("step 3"):
+        reward = " ".join(shown(run, console)[3].split())
+    assert reward == "reward ▁█ 0.200 ± 0.25 validation 0.125 → 0.250 (step 2)"
 
 
 def test_sparkline() -> None:
