@@ -133,8 +133,12 @@ def _play(
             console.start_clock()
             _write_down(session.rollouts, store, stop, console)
     finally:
-        with console.phase("stopping"):
-            session.__exit__(*sys.exc_info())
+        why = sys.exc_info()
+        try:
+            with console.phase("stopping"):
+                session.__exit__(*why)
+        finally:
+            session.__exit__(*why)  # a second interrupt came before it; once it has ended, it does nothing
 
 
 def _write_down(rollouts: Rollouts, store: RolloutStore, stop: Event, console: RolloutConsole) -> None:

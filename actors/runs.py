@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from raygym.actor_logs import gather_logs
 from raygym.actors.cluster import http_port, kept_logs, session_logs
@@ -109,19 +109,18 @@ def _train(
             with console.phase("starting engines, learners and environments"):
                 session.__enter__()
             ready_s = time.monotonic() - started
-            console.note(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}")
-            console.detail(
-                f"logs: {logs / 'driver.log'}; of the actors, until the run ends: {session_logs() or 'see Ray'}"
-            )
+            console.note(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}; logs in {logs / 'driver.log'}")
+            console.detail(f"logs of the actors, until the run ends: {session_logs() or 'see Ray'}")
             summary = train_through_losses(config, session, files, console, resumed, mirror)
         finally:
-            try:
+            with ExitStack() as stack:
+                stack.callback(files.close)
+                # Also where the rest does not come to it: a second interrupt. Once it has ended, it does nothing.
+                stack.callback(session.__exit__, *(why := sys.exc_info()))
                 if (actors_logs := session_logs()) is not None:
                     gather_logs(actors_logs, logs / "actors")
                 with console.phase("stopping"):
-                    session.__exit__(*sys.exc_info())
-            finally:
-                files.close()
+                    session.__exit__(*why)
     summary["ready_s"] = round(ready_s, 1)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.summary(summary)

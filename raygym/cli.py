@@ -250,6 +250,8 @@ def _run(command: str, config: RunConfig, act: Callable[[RunConfig, str], None] 
             if os.environ.get("RAYGYM_TRACEBACK"):
                 raise
             print(f"raygym: {command} failed: {runs.cause(error)}", file=sys.stderr)
+            for note in getattr(error, "__notes__", ()):
+                print(f"raygym: {note}", file=sys.stderr)
             if (logs := runs.kept_logs()) is not None:
                 print(f"raygym: Ray's logs of it are kept in {logs}", file=sys.stderr)
             print("raygym: set RAYGYM_TRACEBACK=1 for the whole traceback", file=sys.stderr)

@@ -80,7 +80,10 @@ class RunConsole(LiveConsole):
         self._row_at = self._started
 
     def resume(self, step: int) -> None:
-        """The next row is of the step after `step`, and time counts from here."""
+        """The next row is of the step after `step`, and time counts from here. What was made after it is taken back."""
+        for _ in range(min(len(self._rewards), self._made - step)):
+            self._rewards.pop()
+        self._validations = {made: reward for made, reward in self._validations.items() if made <= step}
         self._resumed_at = self._made = step
         self.start_clock()
 
@@ -127,8 +130,7 @@ class RunConsole(LiveConsole):
         in_file = not self._console.is_interactive  # where a line is a line, however long
         if self._rows % _ROWS_A_TITLE == 0:
             titles = "  ".join(column.title.rjust(width) for column, width in columns)
-            title_line = Text(self._encodable(titles), style="dim")
-            self._console.print(title_line, soft_wrap=in_file, no_wrap=True, crop=not in_file)
+            self._print(Text(titles, style="dim"), soft_wrap=in_file, no_wrap=True, crop=not in_file)
         self._rows += 1
         for column, width in columns:
             cell = cells[column.title]
@@ -136,7 +138,7 @@ class RunConsole(LiveConsole):
         row = Text("  ").join(cells[column.title] for column, _ in columns)
         if failures and in_file:  # a terminal's view has them
             row.append(f"  {_counted(failures)}")
-        self._console.print(row, soft_wrap=in_file, no_wrap=True, crop=not in_file)
+        self._print(row, soft_wrap=in_file, no_wrap=True, crop=not in_file)
 
     def _columns(self) -> list[tuple[_Column, int]]:
         """Those that fit, with their widths. A file has room for all."""

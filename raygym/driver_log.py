@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from raygym.live_console import LiveConsole, Verbosity
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_SHOWN_FORMAT = "%(name)s: %(message)s"
 
 
 @contextmanager
@@ -21,6 +24,9 @@ def driver_log(path: Path, console: LiveConsole) -> Iterator[None]:
     That is what is logged, warned of and printed, also by C++ code and by children that inherit its descriptors. Where
     the standard output is no descriptor, as in a notebook, only what is logged and warned of. With a verbose console,
     what is logged is shown as well. Where the file cannot be written, that is told, and nothing is redirected.
+
+    Whatever else ends, its cause is told where people see it: an error gets a note that names the file, a thread that
+    dies of one a line on the console, and a process that is aborted leaves its stacks on the real standard error.
     """
     with ExitStack() as stack:
         try:
@@ -32,14 +38,18 @@ def driver_log(path: Path, console: LiveConsole) -> Iterator[None]:
             return
         verbose = console.verbosity >= Verbosity.VERBOSE
         handlers: list[logging.Handler] = [logging.StreamHandler(file)]
+        handlers[0].setFormatter(logging.Formatter(_FORMAT))
         if verbose:
             handlers.append(_Shown(console))
-        for handler in handlers:
-            handler.setFormatter(logging.Formatter(_FORMAT))
         stack.enter_context(_handled_by(handlers, logging.INFO if verbose else logging.WARNING))
         if _is_descriptor():
             stack.enter_context(_redirected(file.fileno(), console))
-        yield
+            stack.enter_context(_lost_threads_told(path, console))
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"what it and its libraries printed is in {path}")
+            raise
 
 
 class _Shown(logging.Handler):
@@ -48,9 +58,13 @@ class _Shown(logging.Handler):
     def __init__(self, console: LiveConsole) -> None:
         super().__init__()
         self._console = console
+        self.setFormatter(logging.Formatter(_SHOWN_FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.detail(f"{record.name}: {record.getMessage()}")
+        try:
+            self._console.detail(self.format(record))
+        except Exception:  # a library's `"%d of" % "x"`: it must not fail for that
+            self.handleError(record)
 
 
 @contextmanager
@@ -80,7 +94,8 @@ def _is_descriptor() -> bool:
 
 @contextmanager
 def _redirected(descriptor: int, console: LiveConsole) -> Iterator[None]:
-    """Descriptors 1 and 2 are `descriptor`, and the console writes where 1 went before."""
+    """Descriptors 1 and 2 are `descriptor`; the console writes where 1 went before, a process that is aborted where 2
+    did."""
     _flush()
     # Not inherited, so that a child which outlives this process holds no pipe open that somebody reads to its end.
     out, error = os.dup(1), os.dup(2)
@@ -88,9 +103,12 @@ def _redirected(descriptor: int, console: LiveConsole) -> Iterator[None]:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     console.write_to(kept)
+    had_handler = faulthandler.is_enabled()
+    faulthandler.enable(error)
     try:
         yield
     finally:
+        faulthandler.disable()
         _flush()
         os.dup2(out, 1)
         os.dup2(error, 2)
@@ -98,6 +116,28 @@ def _redirected(descriptor: int, console: LiveConsole) -> Iterator[None]:
         with suppress(OSError):  # nobody reads it any more
             kept.close()
         os.close(error)
+        if had_handler:
+            faulthandler.enable()
+
+
+@contextmanager
+def _lost_threads_told(path: Path, console: LiveConsole) -> Iterator[None]:
+    """An error that ends a thread is in the log, and one line on the console says so. Each once."""
+    logs, told = threading.excepthook, set[str]()
+
+    def tell(lost: threading.ExceptHookArgs) -> None:
+        logs(lost)
+        by = f"{lost.exc_type.__name__}: {' '.join(str(lost.exc_value).split())[:300]}"
+        if lost.exc_type is not SystemExit and by not in told:
+            told.add(by)
+            name = lost.thread.name if lost.thread is not None else "of a library"
+            console.line(f"warning: thread {name} has ended by {by}; see {path}")
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = logs
 
 
 def _flush() -> None:

@@ -7,9 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import IO
+from typing import IO, Any, cast
 
 from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.live import Live
@@ -29,13 +29,61 @@ class Verbosity(IntEnum):
     """Also what it and its libraries log."""
 
 
+class _Output:
+    """A file for rich to write to that never raises: no run ends because what it says cannot be written or read.
+
+    What a full disk has no room for stays in the file's own buffer, and is written later. When nobody reads a pipe any
+    more, its descriptor becomes /dev/null, so that Python's own flush at the end finds nothing wrong either. rich would
+    do that to descriptor 1, which may be the driver's log by then, and end the thread that printed.
+    """
+
+    def __init__(self, file: IO[str] | None = None) -> None:
+        self._file = file
+
+    @property
+    def _now(self) -> IO[str] | None:
+        """Without a file, the standard output; None where that was closed before Python began."""
+        return self._file or sys.stdout
+
+    def write(self, text: str) -> int:
+        with self._unfailing():
+            if self._now is not None:
+                self._now.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unfailing():
+            if self._now is not None:
+                self._now.flush()
+
+    def isatty(self) -> bool:
+        found = False
+        with self._unfailing():
+            found = self._now is not None and self._now.isatty()
+        return found
+
+    @contextmanager
+    def _unfailing(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            with suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno(), inheritable=self.fileno() <= 2)
+        except (OSError, ValueError):
+            pass  # ValueError: it is closed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._now, name)  # encoding, fileno
+
+
 class Terminal(Console):
     """rich's console, whose width is that of its own output. rich asks descriptors 0 to 2, which may be a log's."""
 
     def __init__(self) -> None:
+        output = _Output()
         # FORCE_COLOR asks for colours in a file; a view that is drawn anew has no place there.
-        no_view = None if sys.stdout.isatty() else False
-        super().__init__(highlight=False, soft_wrap=True, force_interactive=no_view)
+        no_view = None if output.isatty() else False
+        super().__init__(file=cast("IO[str]", output), highlight=False, soft_wrap=True, force_interactive=no_view)
 
     @property
     def size(self) -> ConsoleDimensions:
@@ -85,11 +133,11 @@ class LiveConsole:
 
     def write_to(self, file: IO[str] | None) -> None:
         """Print there from now on; None: to standard output, whatever that is."""
-        self._console.file = file or sys.stdout
+        self._console.file = cast("IO[str]", _Output(file))
 
     def line(self, text: str) -> None:
         """One line that everybody has to see: what went wrong, what was changed or moved, the result."""
-        self._console.print(Text(self._encodable(text)), soft_wrap=True)
+        self._print(Text(text), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """One line on how things go; not for who wants quiet."""
@@ -99,7 +147,12 @@ class LiveConsole:
     def detail(self, text: str) -> None:
         """One line for who wants to know more; from any thread."""
         if self._verbosity >= Verbosity.VERBOSE:
-            self._console.print(Text(self._encodable(text), style="dim"), soft_wrap=True)
+            self._print(Text(text, style="dim"), soft_wrap=True)
+
+    def _print(self, text: Text, **layout: Any) -> None:
+        """All lines that stay go through here. `layout`: of rich's `Console.print`."""
+        text.plain = self._encodable(text.plain)
+        self._console.print(text, **layout)
 
     @contextmanager
     def phase(self, text: str) -> Iterator[None]:

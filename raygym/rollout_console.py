@@ -111,7 +111,7 @@ class RolloutConsole(LiveConsole):
             # Names of one package begin alike, so the end is what tells them apart.
             short = name if len(name) <= longest else "…" + name[1 - longest :]
             line = short.ljust(longest) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths, strict=True))
-            self._console.print(Text(line, style="dim" if cells is titles else ""))
+            self._print(Text(line, style="dim" if cells is titles else ""))
 
     def _lines(self, width: int) -> list[Text]:
         lines = [self._headline()]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from raygym.alarms import Alarm
 from raygym.checkpoint import CheckpointStore
@@ -311,8 +313,15 @@ def trajectory_record(trajectory: Trajectory, learned: LearnedLogprobs | None = 
 def _learner_logprobs(logprobs_T: Float32Array | None, trained_T: BoolArray) -> list[float | None] | None:
     if logprobs_T is None:
         return None
-    told = zip(logprobs_T.tolist(), trained_T.tolist(), strict=True)
-    return [round(logprob, 6) if trained and math.isfinite(logprob) else None for logprob, trained in told]
+    told = _rounded(logprobs_T).astype(object)
+    told[~(trained_T & np.isfinite(logprobs_T))] = None
+    return cast("list[float | None]", told.tolist())
+
+
+def _rounded(logprobs_T: Float32Array) -> NDArray[np.float64]:
+    """To six digits. All at once: Python's `round` takes ten times as long, and there are millions a step. In float64,
+    whose shortest digits are those."""
+    return logprobs_T.astype(np.float64).round(6)
 
 
 def _record(trajectory: Trajectory) -> dict[str, Any]:
@@ -345,7 +354,7 @@ def _record(trajectory: Trajectory) -> dict[str, Any]:
         "reward_components": trajectory.reward_components,
         "token_ids": trajectory.token_ids.tolist(),
         "loss_mask": trajectory.loss_mask.astype(int).tolist(),
-        "logprobs": [round(value, 6) for value in trajectory.logprobs.tolist()],
+        "logprobs": _rounded(trajectory.logprobs).tolist(),
         "weight_versions": trajectory.weight_versions.tolist(),
     }
 

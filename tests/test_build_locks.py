@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,6 +46,28 @@ assert FileBaton(os.path.join(sys.argv[1], "lock")).try_acquire()
 print("compiling", flush=True)
 time.sleep(600)
 """
+
+
+def test_a_lock_that_a_process_of_another_container_holds_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_locks, "_open_files", set)  # as /proc shows none of those with PIDs of their own
+    held, stale = lock(tmp_path, "held"), lock(tmp_path, "stale")
+    with held.open("rb"):
+        assert remove_stale_locks(tmp_path) == [stale]
+        assert held.exists()
+    assert remove_stale_locks(tmp_path) == [held]
+
+
+def test_ranks_that_ask_at_the_same_time_do_not_take_each_other_for_a_compile(tmp_path: Path) -> None:
+    for number in range(8):
+        lock(tmp_path, f"op{number}")
+    threads = [threading.Thread(target=remove_stale_locks, args=[tmp_path]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not list(tmp_path.glob("**/lock"))
 
 
 def test_nothing_else_is_touched(tmp_path: Path) -> None:

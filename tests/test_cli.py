@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from raygym.cli import main
+from raygym.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -54,6 +55,19 @@ def test_train_says_how_to_treat_an_earlier_run(flags: list[str], monkeypatch: p
     (options,) = seen
     assert options["fresh"] == ("--fresh" in flags)
     assert options["allow_config_change"] == ("--allow-config-change" in flags)
+
+
+def test_a_run_that_fails_names_its_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(config: RunConfig, model_dir: str, **options: Any) -> None:
+        error = RuntimeError("no GPU")
+        error.add_note("what it printed is in runs/x/logs/driver.log")
+        raise error
+
+    runs = SimpleNamespace(train=train, cause=str, kept_logs=lambda: None)
+    monkeypatch.setitem(sys.modules, "raygym.actors.runs", runs)  # type: ignore[arg-type]
+    assert main(["train", TINY]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["raygym: train failed: no GPU", "raygym: what it printed is in runs/x/logs/driver.log"]
 
 
 def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:

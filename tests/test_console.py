@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -265,6 +266,155 @@ def test_what_others_print_is_in_the_log_alone(tmp_path: Path) -> None:
     assert log.read_text().splitlines() == ["a library prints", "C++ writes", "a child prints"]
 
 
+def test_a_record_that_cannot_be_formatted_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own raise
+    console = console_of(100)
+    with driver_log(tmp_path / "driver.log", LiveConsole(console, Verbosity.VERBOSE)):
+        logging.getLogger("some.library").warning("%d of", "x")
+        try:
+            raise LookupError("no such key")
+        except LookupError:
+            logging.getLogger("some.library").exception("odd")
+    assert "--- Logging error ---" in capsys.readouterr().err
+    shown = console.export_text().splitlines()
+    assert (shown[0], shown[-1]) == ("some.library: odd", "LookupError: no such key")
+
+
+def test_who_ends_a_run_names_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "driver.log"
+    with pytest.raises(RuntimeError) as raised, driver_log(log, LiveConsole(console_of(100))):
+        raise RuntimeError("no GPU")
+    assert raised.value.__notes__ == [f"what it and its libraries printed is in {log}"]
+
+
+ENDS_HARD = """
+import faulthandler, os, sys, threading
+from pathlib import Path
+from raygym.driver_log import driver_log
+from raygym.live_console import LiveConsole
+hook = threading.excepthook
+with driver_log(Path("before.log"), LiveConsole()):
+    pass
+assert threading.excepthook is hook and not faulthandler.is_enabled()
+with driver_log(Path("driver.log"), LiveConsole()):
+    def lose(error):
+        raise error
+    for error in (ValueError("odd\\nvalue"), SystemExit(1), ValueError("odd\\nvalue")):
+        thread = threading.Thread(target=lose, args=[error], name="mirror")
+        thread.start()
+        thread.join()
+    os.abort()
+"""
+
+
+def test_a_driver_that_ends_hard_says_so(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop("PYTHONFAULTHANDLER", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_HARD], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert done.stdout == "warning: thread mirror has ended by ValueError: odd value; see driver.log\n", "once"
+    assert (tmp_path / "driver.log").read_text().count("Traceback") == 2
+
+
+def written_to(file: Any, monkeypatch: pytest.MonkeyPatch) -> RunConsole:
+    """All that a run's console can print, on a standard output that is `file`."""
+    monkeypatch.setattr(sys, "stdout", file)
+    run = RunConsole(8, verbosity=Verbosity.VERBOSE)
+    run.line("line")
+    run.detail("detail")
+    with run.phase("phase"):
+        run.step(1, STEP)
+    return run
+
+
+def test_a_console_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    written_to(full, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    closed = (tmp_path / "closed").open("w")
+    closed.close()
+    for absent in (closed, None):
+        run = written_to(absent, monkeypatch)
+        with monkeypatch.context() as later:
+            later.setattr(sys, "stdout", text := io.StringIO())
+            run.write_to(None)
+            run.line("seen")
+        assert text.getvalue() == "seen\n"
+
+
+class FullForAWhile(io.RawIOBase):
+    full, taken = True, b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.taken += bytes(data)
+        return len(data)
+
+
+def test_what_a_full_disk_has_no_room_for_is_written_later_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullForAWhile()
+    file = io.TextIOWrapper(io.BufferedWriter(disk), encoding="utf-8", line_buffering=True)
+    monkeypatch.setattr(sys, "stdout", file)
+    live = LiveConsole()
+    live.line("one")
+    live.line("two")
+    disk.full = False
+    live.line("three")
+    assert disk.taken == b"one\ntwo\nthree\n"
+
+
+NOBODY_READS = """
+import os, sys, threading
+from pathlib import Path
+from raygym.console import RunConsole
+from raygym.driver_log import driver_log
+console = RunConsole(3)
+def say(where):
+    console.line(where)
+    thread = threading.Thread(target=console.line, args=[where])
+    thread.start()
+    thread.join()
+if sys.argv[2] == "early":
+    sys.stdin.readline()
+    say("before")
+with driver_log(Path(sys.argv[1]), console):
+    if sys.argv[2] == "late":
+        console.line("shown")
+        sys.stdin.readline()
+    say("inside")
+    print("a library prints", flush=True)
+say("after")
+Path(sys.argv[1]).with_name("went on").touch()
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(when: str, tmp_path: Path) -> None:
+    log = tmp_path / "driver.log"
+    command = [sys.executable, "-c", NOBODY_READS, str(log), when]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdin and run.stdout and run.stderr
+    if when == "late":
+        assert run.stdout.readline() == "shown\n"
+    run.stdout.close()
+    run.stdin.write("go on\n")
+    run.stdin.close()
+    assert (run.wait(60), run.stderr.read()) == (0, "")
+    run.stderr.close()
+    assert (tmp_path / "went on").exists()
+    assert log.read_text() == "a library prints\n", "the log is still the log"
+
+
 def worker_logs(folder: Path, logs: Mapping[str, str]) -> Path:
     folder.mkdir()
     for name, text in logs.items():
@@ -300,6 +450,17 @@ def test_a_picture_of_a_run_shows_its_own_rows(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=60, env=os.environ | {"PYTHONPATH": str(root)})
     picture = (tmp_path / "x.svg").read_text()
     assert "0.250" in picture and "step&#160;3" in picture and "0.375" not in picture
+
+
+def test_what_a_rewind_takes_back_is_not_in_the_view() -> None:
+    console = console_of(100, terminal=True)
+    run, _ = stepped(console)
+    for step, reward in ((0, 0.125), (2, 0.25), (3, 0.5)):
+        run.validation(step, {"val/reward": reward, "val/failed": 0, "time/validate_s": 2.0})
+    run.resume(2)
+    with run.doing("step 3"):
+        reward = " ".join(shown(run, console)[3].split())
+    assert reward == "reward ▁█ 0.200 ± 0.25 validation 0.125 → 0.250 (step 2)"
 
 
 def test_sparkline() -> None:

@@ -24,7 +24,7 @@ from raygym.model_flops import ModelFlops
 from raygym.open_group import GroupState
 from raygym.resume import ResumePoint, checkpoint_store
 from raygym.rollout_state import RolloutState
-from raygym.run_files import LearnedLogprobs, RunFiles
+from raygym.run_files import LearnedLogprobs, RunFiles, trajectory_record
 from raygym.schedule import Collected, Dropped, SchedulerState
 from raygym.types import EpisodeStatus, Group, Sampling, Task, Trajectory, Turn
 from raygym.update import PolicyUpdate
@@ -206,3 +206,21 @@ def test_what_the_learner_computed_is_beside_what_the_engine_did(config: RunConf
     assert records[1]["learner_logprobs"] is None
     validation = (files.path / "trajectories/validation_000001.jsonl").read_text().splitlines()
     assert "learner_logprobs" not in json.loads(validation[0])
+
+
+def test_logprobs_are_written_as_python_rounds_them(config: RunConfig) -> None:
+    random = np.random.default_rng(0)
+    values = -(random.exponential(2.0, 5000) * 10.0 ** random.integers(-7, 2, 5000)).astype(np.float32)
+    values[0], values[1] = 0.0, -np.inf
+    one = replace(
+        collected().groups[0].trajectories[0],
+        **{name: np.zeros(len(values), np.int32) for name in ("token_ids", "weight_versions")},
+        loss_mask=np.arange(len(values)) % 3 > 0,
+        logprobs=values,
+    )
+    record = trajectory_record(one, (values, one.loss_mask))
+    rounded = [round(value, 6) for value in values.tolist()]
+    assert json.dumps(record["logprobs"]) == json.dumps(rounded)
+    told = zip(rounded, one.loss_mask, strict=True)
+    known = [value if trained and math.isfinite(value) else None for value, trained in told]
+    assert json.dumps(record["learner_logprobs"]) == json.dumps(known)

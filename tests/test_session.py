@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raygym.actors import serving
+from raygym.actors import rollout_command, runs, serving
 from raygym.actors import session as module
 from raygym.config_file import parse_config
+from raygym.console import RunConsole
+from raygym.rollout_console import RolloutConsole
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -32,6 +35,7 @@ def test_a_start_that_fails_is_cleaned_up_once_and_keeps_its_cause(
         raise RuntimeError("the proxy died")
 
     monkeypatch.setattr(module.cluster, "connect", counted("connect"))
+    monkeypatch.setattr(module.cluster, "is_own", lambda: True)  # else Ray is asked, and joins any cluster
     monkeypatch.setattr(module.cluster, "disconnect", counted("disconnect"))
     monkeypatch.setattr(module.serving, "deploy", deploy)
     monkeypatch.setattr(module.serving, "undeploy", counted("undeploy"))
@@ -92,3 +96,62 @@ def test_an_application_that_does_not_go_is_not_waited_for_without_end(monkeypat
     monkeypatch.setattr(serving.serve, "delete", refuse)
     with pytest.raises(RuntimeError, match="no"):
         serving.undeploy("t")
+
+
+class OnlyEnds:
+    """A session that ends once, as a real one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.url = ""
+        self.ended: list[object] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
+        if not self.ended:
+            self.ended.append(error)
+
+
+@contextmanager
+def interrupted_while(self: object, text: str) -> Iterator[None]:
+    if text == "stopping":
+        raise KeyboardInterrupt
+    yield
+
+
+@pytest.mark.parametrize("second", ["while logs are gathered", "while it is told"])
+def test_a_session_ends_also_at_a_second_interrupt(
+    second: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, session = RuntimeError("the first"), OnlyEnds()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise first
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "Session", lambda *args, **kwargs: session)
+    monkeypatch.setattr(runs, "_tracked", lambda *args: nullcontext())
+    monkeypatch.setattr(runs, "train_through_losses", fail)
+    monkeypatch.setattr(runs, "session_logs", lambda: tmp_path)
+    if second == "while logs are gathered":
+        monkeypatch.setattr(runs, "gather_logs", interrupt)
+    else:
+        monkeypatch.setattr(RunConsole, "phase", interrupted_while)
+    data = {"name": "t", "steps": 1, "runs_dir": str(tmp_path), "policy": {"model": "tiny"}, "envs": [{"id": "a"}],
+            "logging": {"tensorboard": False}}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        runs._train(parse_config(data), "", 0, RunConsole(1), None, None)
+    assert session.ended == [first]
+
+
+def test_a_rollouts_session_ends_also_at_a_second_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = OnlyEnds()
+    monkeypatch.setattr(rollout_command, "Session", lambda *args, **kwargs: session)
+    monkeypatch.setattr(RolloutConsole, "phase", interrupted_while)
+    config, nothing = parse_config({"name": "t", "steps": 1, "policy": {"model": "tiny"}, "envs": [{"id": "a"}]}), Any
+    with pytest.raises(KeyboardInterrupt):
+        rollout_command._play(config, "", 0, nothing, [], 1, RolloutConsole(1))
+    assert len(session.ended) == 1 and isinstance(session.ended[0], AttributeError), "it has nothing to play"

@@ -26,6 +26,7 @@ from raygym.resume import ResumePoint, checkpoint_store
 from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
 from raygym.run_row import Row
+from raygym.tracking import background
 from raygym.tracking.background import BackgroundTracker
 from raygym.tracking.tracker import Outcome
 from raygym.tracking.tracking import Tracking
@@ -170,24 +171,85 @@ def test_a_tracker_that_cannot_connect_is_told_once(error: BaseException) -> Non
     assert len(told) == 1 and "X gets no metrics of this run" in told[0] and type(error).__name__ in told[0]
 
 
+class Tracked:
+    """A fake behind its thread, row by row: each is passed on before the next one."""
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        self.fails, self.told, self.noted = fails, list[str](), list[int]()
+        self.tried = threading.Semaphore(0)
+        self.fake = Fake(self._asked)
+        self.tracker = BackgroundTracker(
+            "X", lambda: self.fake, self.told.append, lambda _, step: self.noted.append(step)
+        )
+
+    def _asked(self, step: int) -> bool:
+        refuses = self.fails(step)
+        if step == self.newest:
+            self.tried.release()
+        return refuses
+
+    def log(self, *steps: int) -> Tracked:
+        for self.newest in steps:
+            self.tracker.log(self.newest, {})
+            assert self.tried.acquire(timeout=20)
+        return self
+
+    def end(self) -> None:
+        self.newest = -1
+        self.tracker.close(Outcome.INTERRUPTED, 20)
+        assert self.fake.ended is Outcome.INTERRUPTED
+
+
 def test_rows_that_were_refused_are_sent_later_in_order() -> None:
-    told: list[str] = []
-    broken = threading.Event()
-    broken.set()
-    fake = Fake(lambda step: step >= 1 and broken.is_set())
-    logged: list[tuple[str, int]] = []
-    tracker = BackgroundTracker("X", lambda: fake, told.append, lambda run_id, step: logged.append((run_id, step)))
-    for step in range(4):
-        tracker.log(step, {})
-    while len(told) < 1:
-        time.sleep(0.01)
-    broken.clear()
-    tracker.log(4, {})
-    tracker.close(Outcome.INTERRUPTED, 5)
-    assert fake.taken == [0, 1, 2, 3, 4] and fake.ended is Outcome.INTERRUPTED
-    assert logged == [("fake-1", step) for step in range(5)]
-    assert len(told) == 1
-    assert "X does not take the metrics of step 1; later ones are tried (ConnectionError: no route)" in told[0]
+    broken = True
+    run = Tracked(lambda step: step >= 1 and broken).log(0, 1, 2, 3)
+    broken = False
+    run.log(4).end()
+    assert run.fake.taken == [0, 1, 2, 3, 4]
+    assert (run.noted[0], run.noted[-1]) == (0, 4)
+    assert len(run.told) == 1
+    assert "X does not take the metrics of step 1; later ones are tried (ConnectionError: no route)" in run.told[0]
+
+
+def test_a_row_that_is_always_refused_holds_up_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    run = Tracked(lambda step: step in (1, 2)).log(*range(14))
+    run.end()
+    assert run.fake.taken == [0, *range(3, 14)]
+    assert run.noted == [0, 12, 13], "no step that comes after one that waits"
+    assert len(run.told) == 2 and "step 1;" in run.told[0]
+    assert "X refused the metrics of step 1 10 times while it took others" in run.told[1]
+    assert len([record for record in caplog.records if record.exc_info]) == 1, "one traceback"
+
+
+def test_what_waits_for_a_tracker_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_MOST_WAITING", 3)
+    broken, asked = True, list[int]()
+
+    def fails(step: int) -> bool:
+        asked.append(step)
+        return broken
+
+    run = Tracked(fails).log(*range(10))
+    assert len(asked) < 2 * 10, "not all of them again and again, where nothing is taken"
+    broken = False
+    run.log(10).end()
+    assert run.fake.taken == [7, 8, 9, 10]
+    assert len(run.told) == 2 and "more than 3 rows wait for X" in run.told[1]
+    assert run.noted == [-1], "who goes on with the run sends what was left out"
+
+
+def test_steps_that_are_made_again_are_noted_again() -> None:
+    run = Tracked(lambda step: False).log(5, 6, 7, 6, 7)
+    run.end()
+    assert run.noted == [5, 6, 7, 6, 7]
+    broken = False
+    run = Tracked(lambda step: broken).log(5, 6)
+    broken = True
+    run.log(7, 6)
+    broken = False
+    run.end()
+    assert run.fake.taken == [5, 6, 6], "what waited of step 7 was not true any more"
+    assert run.noted == [5, 6, 5, 6], "the new row of step 6 was not taken at first"
 
 
 def test_a_tracker_that_hangs_keeps_nobody_waiting() -> None:

@@ -90,7 +90,7 @@ class Tracking:
 
 
 class _KnownRuns:
-    """tracking.json: what each tracker calls the run, and the last step that it has taken."""
+    """tracking.json: what each tracker calls the run, and the step up to which it has all that it takes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
