@@ -312,7 +312,7 @@ class TestEnvTrouble:
 
         class Hangs(Talk):
             def step(self, action):
-                released.wait(10)
+                released.wait(60)
 
             def close(self):
                 super().close()
@@ -320,8 +320,8 @@ class TestEnvTrouble:
 
         env = Hangs()
         started = time.monotonic()
-        trajectory = await episode(renderer, env, step_timeout_s=0.2)
-        assert time.monotonic() - started < 3
+        trajectory = await episode(renderer, env, step_timeout_s=1)
+        assert time.monotonic() - started < 30
         assert trajectory.failure is FailureKind.ENV_TIMEOUT and "env.step" in trajectory.failure_detail
         assert env.closed == 1 and released.is_set()
 
