@@ -139,8 +139,9 @@ class WeightSender:
         if sending.threshold is not None:
             message = self._encode(self.slots, dtype, slot, bucket, sending.threshold, sent)
             payload = message if sending.delta else payload
-            with sent.timed("write"):  # anew, since small changes were taken back
-                sent.checksums |= sum_up(SummedCopy(each.name, _bytes(data, each)) for each in bucket.tensors)
+            if sending.threshold:
+                with sent.timed("write"):  # anew, since small changes were taken back
+                    sent.checksums |= sum_up(SummedCopy(each.name, _bytes(data, each)) for each in bucket.tensors)
         chaos.at("sync.bucket", data=data[bucket.start : bucket.end].numpy().data)
         return payload
 

@@ -44,7 +44,7 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def json_lines(
-    path: Path, damaged: Callable[[str], None] | None = None, *, within: Path | None = None
+    path: Path, damaged: Callable[[str], None] | None = None, *, within: Path | None = None, skipped: int = 0
 ) -> Iterator[dict[str, Any]]:
     """The records of a JSONL file, one at a time; none where there is no file.
 
@@ -54,6 +54,7 @@ def json_lines(
         path: the file.
         damaged: is told of each line that is no JSON object, which is then left out.
         within: the folder that the file must be in, also where it is a link; None where that does not matter.
+        skipped: bytes at its beginning that are not read, nor is the rest of a line that begins in them.
 
     Raises:
         UnreadableRun: there is such a line, or the file is outside, and nobody to tell.
@@ -73,6 +74,9 @@ def json_lines(
     except OSError as error:
         raise UnreadableRun(f"{path}: cannot be read ({error.strerror})") from error
     with file:
+        if skipped:
+            file.seek(skipped - 1)
+            file.readline()
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
@@ -83,7 +87,8 @@ def json_lines(
             if isinstance(record, dict):
                 yield record
                 continue
-            problem = f"{path}: line {number} is no JSON object; the file was damaged or changed"
+            which = "a line" if skipped else f"line {number}"
+            problem = f"{path}: {which} is no JSON object; the file was damaged or changed"
             if damaged is None:
                 raise UnreadableRun(problem)
             damaged(problem)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raygym.run_reading import UnreadableRun, check_own, is_own, json_lines
+from raygym.run_reading import is_own, json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +35,4 @@ def newest(files: Sequence[tuple[int, Path]], run: Path, most_bytes: int) -> lis
 
 def records(part: Part, run: Path, damaged: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Its lines that are whole, one at a time; `damaged` is told of others, and of a link out of `run`."""
-    if not part.skipped:
-        yield from json_lines(part.path, damaged, within=run)
-        return
-    try:
-        check_own(part.path, run)
-    except UnreadableRun as error:
-        damaged(str(error))
-        return
-    with part.path.open("rb") as file:
-        file.seek(part.skipped - 1, os.SEEK_SET)
-        file.readline()
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
-                yield record
-            else:
-                damaged(f"{part.path}: a line is no JSON object; the file was damaged or changed")
+    return json_lines(part.path, damaged, within=run, skipped=part.skipped)
