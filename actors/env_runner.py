@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from secrets import token_hex
 from typing import Any
 
 import ray
@@ -91,6 +92,7 @@ class EnvRunner:
         self._envs = {config.label: config for config in envs}
         self._places = Places()
         # Episodes that run or wait for their place, and the number of their attempt.
+        self._incarnation = token_hex(8)
         self._episodes: dict[asyncio.Task[Any], int] = {}
         self._first_attempt = 0
         self._asked = EpisodeServer(self._run_asked)
@@ -199,8 +201,12 @@ class EnvRunner:
             asked.first_attempt,
         )
 
-    async def ping(self) -> int:
-        """How many episodes run or wait for their place: an answer means that the event loop is alive."""
+    async def ping(self) -> str:
+        """What tells this process from those before and after it: an answer means that the event loop is alive."""
+        return self._incarnation
+
+    async def running(self) -> int:
+        """How many episodes run or wait for their place."""
         return len(self._episodes)
 
     async def flush_spans(self) -> None:

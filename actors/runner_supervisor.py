@@ -103,8 +103,9 @@ class RunnerSupervisor:
         events, self._events = self._events, []
         return tuple(events)
 
-    def _event(self, index: int, what: What, cause: str = "") -> None:
-        self._events.append(PartEvent(time.time(), Kind.ENV_RUNNER, f"EnvRunner {index}", what, cause))
+    def _event(self, index: int, what: What, cause: str = "", incarnation: str = "") -> None:
+        name = f"EnvRunner {index}"
+        self._events.append(PartEvent(time.time(), Kind.ENV_RUNNER, name, what, cause, incarnation=incarnation))
 
     def _note(self, index: int, error: BaseException) -> None:
         self._last_error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -118,12 +119,12 @@ class RunnerSupervisor:
     async def _watch(self, index: int) -> None:
         while self._backoff[index].failures < self._supervision.given_up_after:
             self._wake[index].clear()
-            if self._up[index].is_set():
+            if not self._up[index].is_set():
+                await asyncio.sleep(self._backoff[index].wait_s())
+            elif self._answered[index]:  # the first ping goes out at once: it tells which process is there
                 with suppress(TimeoutError):  # a call that finds the runner dead ends the pause early
                     await asyncio.wait_for(self._wake[index].wait(), self._supervision.ping_every_s)
                     continue
-            else:
-                await asyncio.sleep(self._backoff[index].wait_s())
             await self._ping(index)
         logger.error("EnvRunner %d is given up: %s", index, self._last_error)
         self._event(index, What.GIVEN_UP, self._last_error)
@@ -133,7 +134,7 @@ class RunnerSupervisor:
         timeout_s = self._supervision.ping_timeout_s
         try:
             reference = self._runners[index].ping.remote()
-            await within(asyncio.wrap_future(reference.future()), timeout_s)
+            incarnation = await within(asyncio.wrap_future(reference.future()), timeout_s)
         except DeadlineMissed:
             self._note(index, TimeoutError(f"no answer within {timeout_s:.0f} s"))
             # It hangs: Ray starts it anew, and its callers are told that it died.
@@ -145,7 +146,7 @@ class RunnerSupervisor:
         else:
             self._backoff[index].succeeded()
             if not (self._answered[index] and self._up[index].is_set()):
-                self._event(index, What.RECOVERED)
+                self._event(index, What.RECOVERED, incarnation=incarnation)
             self._answered[index] = True
             if not self._up[index].is_set():
                 logger.warning("EnvRunner %d is up again", index)

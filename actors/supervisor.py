@@ -71,11 +71,19 @@ class Supervisor:
             self._untold.extend(self._health.restarted(kind, name))
         self._tell()
 
-    def recovered(self, kind: Kind, name: str, at_s: float | None = None) -> None:
-        """A part works; where it was lost, that is told with the seconds that it took."""
+    def recovered(self, kind: Kind, name: str, at_s: float | None = None, incarnation: str = "") -> None:
+        """A part works; where it was lost, that is told with the seconds that it took. See `Health.recovered`.
+
+        Raises:
+            GivenUp: it was lost unseen, and that was once too often.
+        """
         with self._lock:
-            self._untold.extend(self._health.recovered(kind, name, at_s))
+            events = self._health.recovered(kind, name, at_s, incarnation)
+            self._untold.extend(events)
         self._tell()
+        for event in events:
+            if event.what is What.GIVEN_UP:
+                raise GivenUp(event.cause)
 
     def given_up(self, kind: Kind, name: str, cause: str, at_s: float | None = None) -> None:
         """One part stays lost, and the run goes on without it."""
@@ -94,7 +102,7 @@ class Supervisor:
             if event.what is What.LOST:
                 self.lost(event.kind, event.name, event.cause, event.time_s)
             elif event.what is What.RECOVERED:
-                self.recovered(event.kind, event.name, event.time_s)
+                self.recovered(event.kind, event.name, event.time_s, event.incarnation)
             elif event.what is What.GIVEN_UP:
                 self.given_up(event.kind, event.name, event.cause, event.time_s)
 

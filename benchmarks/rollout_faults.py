@@ -277,7 +277,7 @@ def _left(runners: list[Any]) -> Left:
     handle = serve.get_deployment_handle(DEPLOYMENT, serving.app_name(_APP))
     replicas = handle.broadcast("metrics").results(timeout_s=_SETTLED_WITHIN_S)
     inside = ray.get([runner.__ray_call__.remote(_inside) for runner in runners], timeout=_SETTLED_WITHIN_S)
-    episodes = ray.get([runner.ping.remote() for runner in runners], timeout=_SETTLED_WITHIN_S)
+    episodes = ray.get([runner.running.remote() for runner in runners], timeout=_SETTLED_WITHIN_S)
     return Left(
         requests=sum(running for *_, running in replicas),
         sessions=sum(int(float(found)) for _, text, *_ in replicas for found in _OPEN_SESSIONS.findall(text)),

@@ -48,6 +48,8 @@ class PartEvent:
     cause: str = ""
     recovery_s: float | None = None
     """Seconds from the moment in which the loss was noticed; of `recovered` only."""
+    incarnation: str = ""
+    """What tells the process that does the work from those before it, where that is known; of `recovered` only."""
 
     def to_json(self) -> dict[str, Any]:
         """A line of events.jsonl. The time is UTC, in ISO 8601."""
@@ -99,6 +101,7 @@ class Health:
         self._budgets = {kind: RestartBudget(self._most(kind), config.window_s) for kind in Kind}
         # Of each part that is lost: when that was noticed, and why.
         self._down: dict[tuple[Kind, str], tuple[float, str]] = {}
+        self._incarnations: dict[tuple[Kind, str], str] = {}
         self._restarts: Counter[Kind] = Counter()
         self._untold: Counter[Kind] = Counter()
         self._longest_s: float | None = None
@@ -138,10 +141,19 @@ class Health:
             return []
         return [PartEvent(self._now(None), kind, name, What.RESTARTED)]
 
-    def recovered(self, kind: Kind, name: str, at_s: float | None = None) -> list[PartEvent]:
-        """A lost part does its work again; of one that is not lost there is nothing to tell."""
+    def recovered(self, kind: Kind, name: str, at_s: float | None = None, incarnation: str = "") -> list[PartEvent]:
+        """A lost part does its work again; of one that is not lost there is nothing to tell.
+
+        Unless it is not the process that did the work before: then it was lost while whoever watches it was lost, too.
+        """
+        known = self._incarnations.get((kind, name), incarnation)
+        if incarnation:
+            self._incarnations[kind, name] = incarnation
         if (kind, name) not in self._down:
-            return []
+            if not incarnation or known == incarnation:
+                return []
+            events = self.lost(kind, name, "it was started anew while nothing watched it", at_s)
+            return events if events[-1].what is What.GIVEN_UP else [*events, *self.recovered(kind, name, at_s)]
         now_s = self._now(at_s)
         since_s, cause = self._down.pop((kind, name))
         took_s = max(0.0, now_s - since_s)

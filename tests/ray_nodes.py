@@ -59,7 +59,10 @@ class Node:
 
 
 def wait_until_used(nodes: list[Node]) -> None:
-    """Until Ray spreads what it starts over them, too: it hears of new ones bit by bit."""
+    """Until Ray spreads what it starts over them, too: it hears of new ones bit by bit.
+
+    Those without a CPU get none of it.
+    """
 
     @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
     class Probe:
@@ -67,7 +70,8 @@ def wait_until_used(nodes: list[Node]) -> None:
             return str(ray.get_runtime_context().get_node_id())
 
     deadline = time.monotonic() + 120
-    missing = {node.node_id for node in nodes}
+    with_cpu = {node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU")}
+    missing = {node.node_id for node in nodes} & with_cpu
     while missing:
         assert time.monotonic() < deadline, f"nothing is started on {missing}"
         probe = Probe.remote()

@@ -152,10 +152,10 @@ class TestPlainClass:
         host = runner(SUMS, generate=waits)
         episodes = [asyncio.create_task(host.run_episode(Task(0, "sums", 1), "g", i, 0, SAMPLING)) for i in range(3)]
         await asyncio.sleep(0.2)
-        assert await host.ping() == 3
+        assert await host.running() == 3
         go.set()
         await asyncio.gather(*episodes)
-        assert await host.ping() == 0
+        assert await host.running() == 0
 
     async def test_a_place_is_held_only_while_the_policy_is_asked(self):
         asked: list[str] = []
@@ -402,7 +402,7 @@ class TestActor:
         trajectories = ray.get(refs, timeout=60)
         assert {t.status for t in trajectories} == {EpisodeStatus.TERMINATED}
         assert [t.episode for t in trajectories] == list(range(16))
-        assert ray.get(actor.ping.remote(), timeout=10) == 0
+        assert ray.get(actor.running.remote(), timeout=10) == 0
 
     def test_failure_raised_by_the_replica_keeps_its_kind(self, actor):
         trajectory = run(actor, "refuse")

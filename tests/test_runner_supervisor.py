@@ -12,7 +12,8 @@ from ray.exceptions import RayActorError
 
 from raygym.actors.runner_supervisor import RunnerSupervisor, Supervision
 from raygym.actors.supervisor import Supervisor
-from raygym.supervision import Kind, PartEvent, What
+from raygym.supervision import GivenUp, Kind, PartEvent, What
+from raygym.supervision_config import SupervisionConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
 
@@ -20,17 +21,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
 class Runner:
     """Answers its pings; `dead` for so many of them it does not."""
 
-    def __init__(self, dead: int = 0) -> None:
-        self.pings, self._dead = 0, dead
+    def __init__(self, dead: int = 0, incarnation: str = "") -> None:
+        self.pings, self._dead, self._incarnation = 0, dead, incarnation
         self.ping = SimpleNamespace(remote=self._ping)
 
     def _ping(self) -> Any:
         self.pings += 1
-        answer: Future[None] = Future()
+        answer: Future[str] = Future()
         if self.pings <= self._dead:
             answer.set_exception(RayActorError(error_msg="it died"))
         else:
-            answer.set_result(None)
+            answer.set_result(self._incarnation)
         return SimpleNamespace(future=lambda: answer)
 
 
@@ -54,6 +55,26 @@ async def test_one_that_was_lost_under_the_manager_before_is_back_when_it_answer
     supervisor.relay(await watched(Runner(), Runner()))
     assert [(event.name, event.what) for event in recorded] == [("EnvRunner 1", "lost"), ("EnvRunner 1", "recovered")]
     assert supervisor.down() == []
+
+
+async def test_one_that_was_started_anew_while_no_manager_was_there_was_lost() -> None:
+    """A node takes the manager and a runner with it: nobody is left to see that the runner was started again."""
+    recorded: list[PartEvent] = []
+    supervisor = Supervisor(record=recorded.append)
+    supervisor.relay(await watched(Runner(incarnation="a"), Runner(incarnation="b")))
+    assert recorded == []
+    supervisor.relay(await watched(Runner(incarnation="a"), Runner(incarnation="c")))
+    assert [(event.name, event.what) for event in recorded] == [("EnvRunner 1", "lost"), ("EnvRunner 1", "recovered")]
+    assert "while nothing watched it" in recorded[0].cause and supervisor.restarts == {"env_runner": 1}
+    supervisor.relay(await watched(Runner(incarnation="a"), Runner(incarnation="c")))
+    assert len(recorded) == 2
+
+
+async def test_one_that_was_lost_unseen_counts_against_the_budget() -> None:
+    supervisor = Supervisor(SupervisionConfig(env_runner_restarts=0))
+    supervisor.relay(await watched(Runner(incarnation="a")))
+    with pytest.raises(GivenUp, match="env_runner_restarts allows 0"):
+        supervisor.relay(await watched(Runner(incarnation="b")))
 
 
 async def test_each_answers_for_the_first_time_once() -> None:

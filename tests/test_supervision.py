@@ -228,7 +228,7 @@ class Watched:
         return "groups whole" in text and "validation tasks" in text
 
     def running(self) -> list[int]:
-        return ray.get([runner.ping.remote() for runner in self.runners], timeout=60)
+        return ray.get([runner.running.remote() for runner in self.runners], timeout=60)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -275,7 +275,7 @@ def test_a_manager_that_dies_or_hangs_has_a_successor(ray_cluster: Any, how: int
 def test_a_runner_ends_the_episodes_of_a_manager_that_is_gone(ray_cluster: Any) -> None:
     runner = start([broken("fine")], says_ten_for_ever)
     old = [runner.run_episode.remote(Task(0, "fine-step", 3), "g", i, 3, SAMPLING) for i in range(4)]
-    wait_until(lambda: ray.get(runner.ping.remote(), timeout=60) == 4)
+    wait_until(lambda: ray.get(runner.running.remote(), timeout=60) == 4)
     runner.abandon_before.remote(4)
     new = runner.run_episode.remote(Task(0, "fine-step", 3), "g", 0, 4, SAMPLING)
     old.append(runner.run_episode.remote(Task(0, "fine-step", 3), "g", 0, 3, SAMPLING))
@@ -283,7 +283,7 @@ def test_a_runner_ends_the_episodes_of_a_manager_that_is_gone(ray_cluster: Any) 
         with pytest.raises(ray.exceptions.RayTaskError) as raised:
             ray.get(reference, timeout=20)
         assert isinstance(raised.value.cause, EpisodeFailure) and raised.value.cause.kind is FailureKind.CANCELLED
-    assert ray.get(runner.ping.remote(), timeout=20) == 1
+    assert ray.get(runner.running.remote(), timeout=20) == 1
     assert not ray.wait([new], timeout=0.1)[0]
     ray.kill(runner)
 
