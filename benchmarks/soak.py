@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +48,12 @@ def main() -> None:
     parser.add_argument("--fault-every", type=float, default=60.0, metavar="S", help="default: 60")
     parser.add_argument("--sample-every", type=float, default=10.0, metavar="S", help="default: 10")
     parser.add_argument("--victims", default=",".join(VICTIMS), help=f"default: {','.join(VICTIMS)}; empty: none")
+    parser.add_argument(
+        "--turn-latency",
+        type=float,
+        metavar="S",
+        help="of the simulated engine; a high one leaves processor time to others (default: the config's)",
+    )
     parser.add_argument("--learners", type=int, default=1, help="default: 1")
     parser.add_argument(
         "--warm-up", type=float, default=0.2, metavar="F", help="part that is not fitted (default: 0.2)"
@@ -59,34 +64,36 @@ def main() -> None:
     victims = [kind for kind in options.victims.split(",") if kind]
     if unknown := set(victims) - set(KINDS):
         parser.error(f"--victims: {unknown.pop()} is none of {', '.join(KINDS)}")
-    with tempfile.TemporaryDirectory(prefix="raygym-soak-") as folder, training(Path(folder), options.learners) as run:
+    with tempfile.TemporaryDirectory(prefix="raygym-soak-") as folder, training(Path(folder), options) as run:
         samples, faults = watch(run, options, victims)
         steps = steps_made(Path(folder))
     slopes = {f"{key}_per_hour": [slope_per_hour(samples, key, options.warm_up)] for key in keys(samples)}
     print(f"{len(samples)} samples, {steps} steps, faults: {', '.join(faults) or 'none'}")
     for name, (slope,) in slopes.items():
         print(f"  {name:<32} {slope:+12.2f}   last {samples[-1][1].get(name.removesuffix('_per_hour'), 0):.0f}")
-    details = {"minutes": options.minutes, "steps": steps, "faults": faults}
+    details = {"minutes": options.minutes, "steps": steps, "faults": faults, "turn_latency_s": options.turn_latency}
     report(
         "soak", slopes, **details, config=f"tiny, simulated engines, 2 replicas, 2 runners, {options.learners} learners"
     )
 
 
 @contextmanager
-def training(folder: Path, learners: int) -> Iterator[psutil.Process]:
-    """A run that has made its first step; it is interrupted at the end."""
+def training(folder: Path, options: argparse.Namespace) -> Iterator[psutil.Process]:
+    """A run that has made its first step; it is asked to end at the end."""
     settings = {
         "runs_dir": folder,
         "steps": 10**9,
         "policy.engine": "simulated",
         "policy.replicas": 2,
         "rollout.env_runners": 2,
-        "learner.num_learners": learners,
+        "learner.num_learners": options.learners,
         "checkpoint.every": 20,
         # More is lost here than a run is to put up with.
         **{f"supervision.{kind}_restarts": "null" for kind in ("learner", "manager", "replica", "weight_store")},
         "logging.tensorboard": "false",
     }
+    if options.turn_latency is not None:
+        settings["policy.simulated.turn_latency_s"] = options.turn_latency
     command = [sys.executable, "-m", "raygym", "train", str(ROOT / "configs/tiny.yaml")]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with (folder / "output").open("wb") as output:
@@ -108,7 +115,7 @@ def training(folder: Path, learners: int) -> Iterator[psutil.Process]:
             sys.exit(f"the run ended by itself: {(folder / 'output').read_text()[-2000:]}")
     finally:
         if started.poll() is None:
-            started.send_signal(signal.SIGINT)
+            started.terminate()  # a job in the background ignores interrupts
         started.wait(timeout=_ENDS_WITHIN_S)
 
 
