@@ -25,7 +25,7 @@ def map_aligned(descriptor: int, size: int) -> memoryview:
     Raises:
         OSError: it cannot be mapped.
     """
-    # Python's mmap chooses no address: the file replaces a part of a mapping that is large enough to have one that fits.
+    # Python's mmap chooses no address: the file replaces a part of a mapping in which one that fits must be.
     reserved = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     skipped = -_address(memoryview(reserved)) % HUGE_PAGE
     view = memoryview(reserved)[skipped : skipped + size]
