@@ -6,6 +6,7 @@ import re
 
 _RATIO = re.compile(r"(^|_)(over|of_its_own|efficiency|ratio|share|speedup|fraction|error)(_|$)")
 _RATE = re.compile(r"(?:^|_)([a-z]+)_per_(cpu_s|[a-z]+)(?:_|$)")
+_LAST = re.compile(r"_(ms|us|s|seconds|kib|mib|gib)$")
 _PLAIN = re.compile(r"_(ms|us|s|seconds|kib|mib|gib)(?:_|$)")
 _WRITTEN = {"us": "µs", "seconds": "s", "kib": "KiB", "mib": "MiB", "gib": "GiB", "cpu_s": "CPU s"}
 RATIO = "1"
@@ -27,5 +28,8 @@ def unit_of(metric: str) -> str | None:
 
 
 def is_ratio(metric: str) -> bool:
-    """Whether it is a quotient of two things of one run, which another machine may leave as it is."""
-    return _RATIO.search(metric) is not None
+    """Whether it is a quotient of two things of one run, which another machine may leave as it is.
+
+    `tokens_over_trl` is one; `turn_over_method_us` is microseconds, as its end says.
+    """
+    return _RATIO.search(metric) is not None and _LAST.search(metric) is None

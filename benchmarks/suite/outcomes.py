@@ -49,8 +49,9 @@ class Kept:
 
     def forget(self, names: Iterable[str]) -> None:
         """These will run now: what an earlier run has left must not be taken for theirs."""
-        outcomes = {name: outcome for name, outcome in self.outcomes().items() if name not in (gone := set(names))}
-        for name in gone:
+        outcomes = self.outcomes()
+        for name in names:
+            outcomes.pop(name, None)
             self.result_file(name).unlink(missing_ok=True)
         self._write_outcomes(outcomes)
 

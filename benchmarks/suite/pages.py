@@ -25,8 +25,8 @@ _INTRODUCTION = """# Benchmarks
 Each claim of speed is a command that measures raygym beside what one would use instead, in one run, and prints the
 ratio. `make bench` runs all of them in quick mode, within 20 minutes on two cores, and prints the table below with what
 it has found; `make bench-full` takes hours and writes `results/`. `BENCH_ARGS="--only serving rollout"` behind either
-is a part of it. Each is also a script of its own (`python benchmarks/serving.py --help`), whose last line is JSON in one
-schema (`harness/result.py`).
+is a part of it. Each is also a script of its own (`python benchmarks/serving.py --help`), whose last line is JSON in
+one schema (`harness/result.py`).
 
 - A figure is the **median** of its repetitions; **spread** is the largest of them minus the smallest.
 - Two runs agree if their medians differ by no more than the **noise**: the larger of their spreads, and at least a part
