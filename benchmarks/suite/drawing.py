@@ -58,6 +58,7 @@ def _draw_bars(axes: Axes, plot: Bars) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlim(*_FAR)
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8 or more"])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7.5)
 

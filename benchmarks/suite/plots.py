@@ -7,8 +7,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 
-from harness.result import Metric, Result
+from harness.result import Result
 
 from suite.table import Row
 
@@ -102,7 +103,7 @@ def plots(rows: Sequence[Row], results: Mapping[str, Result]) -> list[Plot]:
         for row in rows
         if row.metric is not None and row.verdict in ("met", "NOT met") and (share := _reached(row)) is not None
     )
-    found: list[Plot] = [Bars("goals.svg", "Measured over goal: 1 is the goal, right of it is better", reached)]
+    found: list[Plot] = [Bars("goals.svg", "How many times as good as its goal", reached)]
     for wanted in _OVER_X:
         if (result := results.get(wanted.benchmark)) is not None:
             series = [Series(label, _points(result, prefix, wanted.x)) for label, prefix in wanted.lines.items()]
@@ -118,11 +119,10 @@ def digest(plot: Plot) -> str:
 
 def _points(result: Result, prefix: str, x: str) -> tuple[tuple[float, float, float, float], ...]:
     found: list[tuple[float, float, float, float]] = []
-    for name in result.samples:
-        match = re.fullmatch(re.escape(prefix) + x, name)
-        metric: Metric | None = result.metric(name) if match else None
-        if match and metric:
-            found.append((float(match[1]), metric.median, min(metric.samples), max(metric.samples)))
+    for name, samples in result.samples.items():
+        if match := re.fullmatch(re.escape(prefix) + x, name):
+            # Not the rounded median, which may be beyond all samples.
+            found.append((float(match[1]), median(samples), min(samples), max(samples)))
     return tuple(sorted(found))
 
 
