@@ -70,12 +70,13 @@ def _run(options: argparse.Namespace) -> int:
     full, only = options.full, set(options.only)
     entries = chosen(full=full, only=only, calibrated=not options.no_calibration)
     kept = Kept(options.out or (COMMITTED if full else QUICK))
+    # First, since what is wrong with them should not be found out after the run.
+    goals, committed = load_goals(), {} if kept.folder == COMMITTED else Kept(COMMITTED).results()
     minutes = options.minutes if options.minutes is not None else None if full or only else QUICK_MINUTES
     within_s = None if minutes is None else minutes * 60
     suite = SuiteRun(entries, kept, ROOT / "runs" / "bench-logs", full=full, within_s=within_s)
     outcomes = suite.run(lambda line: print(line, file=sys.stderr, flush=True))
-    committed = {} if kept.folder == COMMITTED else Kept(COMMITTED).results()
-    table = rows(load_goals(), kept.results(), kept.outcomes(), committed)
+    table = rows(goals, kept.results(), kept.outcomes(), committed)
     print(as_text([HEADER, *(row.cells for row in table)]))
     _tell_bad(outcomes)
     return GOOD if all(outcome.good for outcome in outcomes.values()) else BAD
