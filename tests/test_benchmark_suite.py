@@ -508,9 +508,15 @@ def test_the_exit_status_says_how_it_went(
     monkeypatch.setattr(command, "ENTRIES", [Entry(name, 30, 30) for name in FAKES])
     monkeypatch.setattr(command, "SuiteRun", partial(SuiteRun, scripts=fakes, grace_s=0.5))
     monkeypatch.setattr(command, "ROOT", tmp_path)
+    goals = [
+        Goal(benchmark=name, metric="tokens_over_other", says="a thing", issue=1, simulated=True, at_least=1.0)
+        for name in ("good", "another")
+    ]
+    monkeypatch.setattr(command, "load_goals", lambda: goals)
     assert command.main(["run", "--only", *names, "--out", str(tmp_path / "out")]) == status
     shown = capsys.readouterr().out
-    assert "tokens/s over HTTP, over `vllm serve`" in shown
+    assert ("good" in names) == ("~tokens_over_other  2.5     1       1      at least 1  met" in shown)
+    assert "another" not in shown, "what was not asked for is left out"
     if "fails" in names:
         assert "fails: failed: exit status 7: one / two: the cause" in shown
 

@@ -15,7 +15,7 @@ from suite.goals import load_goals
 from suite.outcomes import Kept, Outcome
 from suite.pages import Pages
 from suite.runner import ROOT, SuiteRun
-from suite.table import HEADER, as_text, rows
+from suite.table import NARROW_HEADER, SIMULATED, as_text, rows
 
 COMMITTED = ROOT / "benchmarks" / "results"
 QUICK = ROOT / "runs" / "bench"
@@ -76,8 +76,10 @@ def _run(options: argparse.Namespace) -> int:
     within_s = None if minutes is None else minutes * 60
     suite = SuiteRun(entries, kept, ROOT / "runs" / "bench-logs", full=full, within_s=within_s)
     outcomes = suite.run(lambda line: print(line, file=sys.stderr, flush=True))
-    table = rows(goals, kept.results(), kept.outcomes(), committed)
-    print(as_text([HEADER, *(row.cells for row in table)]))
+    shown = [goal for goal in goals if not only or goal.benchmark in only]
+    table = rows(shown, kept.results(), kept.outcomes(), committed)
+    print(as_text([NARROW_HEADER, *(row.narrow_cells for row in table)]))
+    print(f"{SIMULATED}: the engine was simulated; what each is, in words: benchmarks/README.md")
     _tell_bad(outcomes)
     return GOOD if all(outcome.good for outcome in outcomes.values()) else BAD
 

@@ -15,6 +15,9 @@ from suite.outcomes import Outcome
 
 Verdict = Literal["met", "NOT met", "reported", "not comparable", "not measured"]
 HEADER = ("benchmark", "what", "median", "spread", "noise", "goal", "verdict", "issue")
+NARROW_HEADER = ("benchmark", "metric", "median", "spread", "noise", "goal", "verdict")
+SIMULATED = "~"
+"""Before a metric of the narrow table whose engine was simulated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +39,20 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """As `HEADER` names them."""
         what = f"{self.goal.says}{' (simulated)' if self.goal.simulated else ''}"
-        noise = noise_of(self.goal, self.metric) if self.metric else None
-        figures = (
-            (number(self.metric.median, self.metric.unit), number(self.metric.spread), number(noise))
-            if self.metric
-            else ("-", "-", "-")
-        )
-        return (self.goal.benchmark, what, *figures, self.goal.said or "-", self.said, str(self.goal.issue))
+        return (self.goal.benchmark, what, *self._figures, self.goal.said or "-", self.said, str(self.goal.issue))
+
+    @property
+    def narrow_cells(self) -> tuple[str, ...]:
+        """As `NARROW_HEADER` names them, for a terminal."""
+        name = f"{SIMULATED if self.goal.simulated else ''}{self.goal.metric}"
+        return (self.goal.benchmark, name, *self._figures, self.goal.said or "-", self.said)
+
+    @property
+    def _figures(self) -> tuple[str, str, str]:
+        if self.metric is None:
+            return "-", "-", "-"
+        noise = noise_of(self.goal, self.metric)
+        return number(self.metric.median, self.metric.unit), number(self.metric.spread), number(noise)
 
 
 def rows(
