@@ -36,9 +36,9 @@ def gpu_engine() -> BatchingConfig:
 class Workload:
     """What episodes are like. Lengths are a function of task and episode, so all runs play the same."""
 
-    turns: int = 4
+    turns: int = 3
     prompt_tokens: int = 512
-    tokens_per_turn: int = 256
+    tokens_per_turn: int = 320
     """The mean before the cut."""
     sigma: float = 0.7
     """Deviation of the logarithm of a turn's length."""

@@ -76,8 +76,9 @@ class VirtualManager:
     collected: Callable[[int, Collected], None]
     """Called with each step that was asked for, when it is whole."""
     runners: int = 1
-    scheduler_cpu_s: float = 0.0
-    """Real processor time of the scheduler's own calls, so far."""
+    scheduler_s: list[float] = field(default_factory=list)
+    """Of each answer: real seconds that the scheduler took for each episode in it, and for what began in its place. By
+    the wall clock, since asking for the processor's can take longer; so only the median means something."""
     busy_s: float = 0.0
     """Virtual seconds of all that the process has begun to do."""
     episodes_begun: int = 0
@@ -97,6 +98,7 @@ class VirtualManager:
     _work: deque[tuple[float, Work]] = field(default_factory=deque)
     _is_busy: bool = False
     _free_s: float = 0.0
+    _start_s: float = 0.0
     _wanted_step: int | None = None
     _changed_s: float = 0.0
 
@@ -146,24 +148,26 @@ class VirtualManager:
     def _take_answer(self, number: int, finished: list[PlayedEpisode]) -> tuple[float, Callable[[], None]]:
         runner = self._runners[number]
         outcomes = [_trajectory(episode) for episode in finished]
-        began_s = time.thread_time()
+        began_s = time.perf_counter()
         for episode, outcome in zip(finished, outcomes, strict=True):
             self.scheduler.finish(episode.assignment, outcome)
-        self.scheduler_cpu_s += time.thread_time() - began_s
+        finish_s = time.perf_counter() - began_s
         runner.load -= len(finished)
         self.episodes_ended += len(finished)
-        return self._turn_over(self.cost.call_s + self.cost.end_s * len(finished), number)
+        done = self._turn_over(self.cost.call_s + self.cost.end_s * len(finished), number)
+        self.scheduler_s.append((finish_s + self._start_s) / len(finished))
+        return done
 
     def _turn_over(self, seconds: float, answered: int) -> tuple[float, Callable[[], None]]:
         """What the manager does after all that it hears: begin what may begin, and look whether the step is whole."""
         scheduler, collected, step = self.scheduler, None, self._wanted_step
-        began_s = time.thread_time()
+        began_s = time.perf_counter()
         scheduler.expire()
         assert not scheduler.obsolete(), "nothing is given up in these runs"
         started = scheduler.start()
         if step is not None and (collected := scheduler.collect_step(step)) is not None:
             started += scheduler.start()
-        self.scheduler_cpu_s += time.thread_time() - began_s
+        self._start_s = time.perf_counter() - began_s
         self.episodes_begun += len(started)
         begin: dict[int, list[Assignment]] = {}
         for assignment in started:
