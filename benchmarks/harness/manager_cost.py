@@ -1,7 +1,7 @@
 """What the real RolloutManager costs in processor time: in this process, with EnvRunners that answer at once.
 
-It is the class that a run has as an actor, with its scheduler, its event loop and trajectories of a real size. Ray's own
-part of a call is not in it; `ray_call_s` measures that with a real actor.
+It is the class that a run has as an actor, with its scheduler, its event loop and trajectories of a real size. Ray's
+own part of a call is not in it; `measure_ray_call` measures that with a real actor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -183,9 +184,7 @@ def _outcome(request: EpisodeRequest, tokens: int) -> bytes:
         loss_mask=mask,
         logprobs=np.where(mask, np.float32(-1), np.float32(0)),
         weight_versions=np.where(mask, np.int32(0), np.int32(-1)),
-        turns=tuple(
-            Turn(int(start), int(end), 0.0, "stop", 1.0, 0.1) for start, end in zip(ends, ends[1:], strict=False)
-        ),
+        turns=tuple(Turn(int(start), int(end), 0.0, "stop", 1.0, 0.1) for start, end in pairwise(ends)),
         reward=float(request.episode % 2),
         messages=tuple({"role": role, "content": "x" * tokens} for role in ("user", *["assistant", "user"] * _TURNS)),
         sampling=request.sampling,
