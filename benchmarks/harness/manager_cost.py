@@ -86,7 +86,8 @@ async def _call(actors: list[Any], calls: int, outcomes: int) -> float:
     before = process.cpu_times()
     await asyncio.gather(*map(some, actors))
     after = process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / (calls // len(actors) * len(actors))
+    seconds: float = after.user + after.system - before.user - before.system
+    return seconds / (calls // len(actors) * len(actors))
 
 
 @dataclass(slots=True)
@@ -146,7 +147,7 @@ async def _play(episodes: int, tokens: int, in_one: int) -> tuple[float, float]:
         max_tokens_per_turn=16,
     )
     env = EnvConfig(id="harness.fixed_turns:FixedTurns", name="fixed")
-    runner = _AnswersAtOnce(tokens, in_one)
+    runner: Any = _AnswersAtOnce(tokens, in_one)
     manager = RolloutManager(config, [env], 0, 1, 0.0, [runner])
     started_s = time.thread_time()
     collected = await manager.collect(0)
