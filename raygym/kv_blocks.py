@@ -18,10 +18,10 @@ def prefix_hashes(token_ids: Int32Array, block_size: int, known: Sequence[int] =
         block_size: tokens of a block.
         known: the hashes of its first blocks, where they were computed before.
     """
-    data, width = token_ids.tobytes(), block_size * _TOKEN_BYTES
     hashes = list(known)
+    data, width = token_ids[len(hashes) * block_size :].tobytes(), block_size * _TOKEN_BYTES
     last = hashes[-1] if hashes else 0
-    for start in range(len(hashes) * width, len(data) - width + 1, width):
+    for start in range(0, len(data) - width + 1, width):
         last = hash((last, data[start : start + width]))
         hashes.append(last)
     return hashes
