@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from harness import report
 from harness.step_times import PARTS, ideal_step_s, logging_share, require_stale, shares, step_s, total, warm
@@ -124,7 +124,7 @@ def compared(synchronous: TrainRun, asynchronous: TrainRun, model: str, name: st
     }
 
 
-def start_up(run: TrainRun, name: str) -> Mapping[str, float]:
+def start_up(run: TrainRun, name: str) -> dict[str, float]:
     """Seconds since the process was started."""
     return {
         f"first_line_s_{name}": run.first_line_s,
