@@ -58,7 +58,8 @@ def train(arguments: Sequence[str], timeout_s: float = 900.0) -> TrainRun:
     Raises:
         RunFailed: it failed, or has not left what a run leaves.
     """
-    command = [sys.executable, "-m", "raygym", "train", *arguments]
+    # It ends with this process, also where a benchmark is killed that takes too long.
+    command = [sys.executable, "-m", "raygym.owned_command", "train", *arguments]
     # A cluster of its own: one that runs on this machine already has other work.
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -68,12 +69,14 @@ def train(arguments: Sequence[str], timeout_s: float = 900.0) -> TrainRun:
             [*command, f"runs_dir={runs}", "name=run"],
             cwd=ROOT,
             env=environment,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
         ) as process:
-            assert process.stdout is not None
-            timer = threading.Timer(timeout_s, process.terminate)
+            assert process.stdin is not None and process.stdout is not None
+            timer = threading.Timer(timeout_s, process.stdin.close)
+            timer.daemon = True
             timer.start()
             lines = [(time.monotonic() - started, line) for line in process.stdout]
             status = process.wait()
