@@ -121,10 +121,11 @@ def test_a_run_that_left_too_little_is_refused(tmp_path: Path) -> None:
 
 def test_the_configs_of_the_benchmark_are_configs() -> None:
     given = {"batching": {"step_s": 0.02, "request_s": 1e-7}, "max_model_len": 1024}
-    file, *overrides = end_to_end.SIMULATED
+    simulated = end_to_end.simulated_config(end_to_end.FAST_STEP_S)
+    file, *overrides = simulated
     overrides += [override("policy.simulated", given), *end_to_end.PLAIN]
     assert load_config(ROOT / file, overrides).policy.simulated == given
-    for file, *overrides in (end_to_end.SIMULATED, end_to_end.BIG_TINY, (end_to_end.DEMO, end_to_end.EQUAL_WORK)):
+    for file, *overrides in (simulated, end_to_end.BIG_TINY, (end_to_end.DEMO, end_to_end.EQUAL_WORK)):
         assert load_config(ROOT / file, overrides).learner.entropy_coef == 1e-6
 
 
