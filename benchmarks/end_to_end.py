@@ -27,8 +27,18 @@ import sys
 from collections.abc import Sequence
 
 from harness import report
-from harness.step_times import PARTS, ideal_step_s, logging_share, require_stale, shares, step_s, total, warm
-from harness.train_run import TrainRun, override, train
+from harness.step_times import (
+    PARTS,
+    BrokenRows,
+    ideal_step_s,
+    logging_share,
+    require_stale,
+    shares,
+    step_s,
+    total,
+    warm,
+)
+from harness.train_run import RunFailed, TrainRun, override, train
 from harness.view_cost import view_share
 
 TINY, DEMO = "configs/tiny.yaml", "configs/demo.yaml"
@@ -62,15 +72,17 @@ def main() -> None:
         help="one repetition of short runs, SmolLM2 synchronous only, one simulated pace",
     )
     parser.add_argument("--repetitions", type=int, default=None, help="by default 2, with --quick 1")
-    parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS), default=list(MEASUREMENTS))
+    parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS))
     options = parser.parse_args()
+    names = options.only or [name for name in MEASUREMENTS if not (options.quick and name in NOT_QUICK)]
     samples: dict[str, list[float]] = {}
     load = [os.getloadavg()[0]]
     for _ in range(options.repetitions or (1 if options.quick else 2)):
-        for name in options.only:
-            if options.quick and name in NOT_QUICK:
-                continue
-            found = MEASUREMENTS[name](options.quick)
+        for name in names:
+            try:
+                found = MEASUREMENTS[name](options.quick)
+            except (RunFailed, BrokenRows) as error:
+                sys.exit(f"end_to_end: {name}: {error}")
             print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), file=sys.stderr)
             for key, value in found.items():
                 samples.setdefault(key, []).append(value)

@@ -26,7 +26,7 @@ from harness.step_times import (
     step_s,
     warm,
 )
-from harness.train_run import RunFailed, override, read_run
+from harness.train_run import RunFailed, override, read_run, train
 from harness.view_cost import view_share
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +127,21 @@ def test_the_configs_of_the_benchmark_are_configs() -> None:
     assert load_config(ROOT / file, overrides).policy.simulated == given
     for file, *overrides in (simulated, end_to_end.BIG_TINY, (end_to_end.DEMO, end_to_end.EQUAL_WORK)):
         assert load_config(ROOT / file, overrides).learner.entropy_coef == 1e-6
+
+
+def test_a_run_that_fails_ends_the_benchmark_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(quick: bool) -> dict[str, float]:
+        raise RunFailed(f"quick: {quick}")
+
+    monkeypatch.setitem(end_to_end.MEASUREMENTS, "demo", broken)
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--quick", "--only", "demo"])
+    with pytest.raises(SystemExit, match="end_to_end: demo: quick: True"):
+        end_to_end.main()
+
+
+def test_a_command_that_fails_says_what_it_said() -> None:
+    with pytest.raises(RunFailed, match=r"(?s)status 2.*no/such\.yaml"):
+        train(["no/such.yaml"])
 
 
 def test_drawing_the_view_costs_something_and_no_core() -> None:
