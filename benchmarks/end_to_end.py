@@ -26,7 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from harness import report
+from harness import calibrate, report
 from harness.step_times import (
     PARTS,
     BrokenRows,
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=None, help="by default 2, with --quick 1")
     parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS))
     options = parser.parse_args()
+    calibrate()
     names = options.only or [name for name in MEASUREMENTS if not (options.quick and name in NOT_QUICK)]
     samples: dict[str, list[float]] = {}
     load = [os.getloadavg()[0]]

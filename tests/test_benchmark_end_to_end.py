@@ -133,6 +133,7 @@ def test_a_run_that_fails_ends_the_benchmark_with_its_reason(monkeypatch: pytest
     def broken(quick: bool) -> dict[str, float]:
         raise RunFailed(f"quick: {quick}")
 
+    monkeypatch.setenv("RAYGYM_BENCH_CALIBRATION", "off")
     monkeypatch.setitem(end_to_end.MEASUREMENTS, "demo", broken)
     monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--quick", "--only", "demo"])
     with pytest.raises(SystemExit, match="end_to_end: demo: quick: True"):
