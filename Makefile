@@ -9,6 +9,9 @@ TRL_PYTHON ?=
 # `make bench BENCH_ARGS="--only serving rollout"` for a part; `.venv/bin/python benchmarks/suite run --help` has the rest.
 BENCH_ARGS ?=
 
+PURE := not ray and not vllm and not slow
+WHOLE := ray or vllm or slow
+
 # DeepSpeed looks for ninja on the PATH; last, for the reason given in tools/setup.py.
 export PATH := $(PATH):$(CURDIR)/$(BIN)
 
@@ -28,8 +31,10 @@ trl: setup
 demo: setup
 	$(BIN)/raygym train configs/demo.yaml
 
+# The tests of the pure part share the cores; the others each want them all. Both are run, whatever becomes of the first.
 test: setup
-	$(BIN)/python -m pytest --durations=40
+	@pure=0; $(BIN)/python -m pytest -n auto --maxprocesses 8 --durations=10 -m "$(PURE)" || pure=1; \
+	$(BIN)/python -m pytest --durations=40 -m "$(WHOLE)" && exit $$pure
 
 # Every parameter, 200 conversations each way, 5,000 fuzzed bodies, 2,000 requests at once.
 test-long: setup
@@ -37,7 +42,7 @@ test-long: setup
 
 # Seconds instead of minutes: no Ray cluster, no engine.
 test-pure: setup
-	$(BIN)/python -m pytest -m "not ray and not vllm and not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "$(PURE)"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,9 +16,9 @@ from raygym.cluster_guard import sessions_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 KINDS = ("LearnerActor", "PolicyServer", "EnvRunner", "RolloutManager", "raygym train")
-STEPS = 1000 if LONG else 60
+STEPS = 1000 if LONG else 30
 # Pools of threads and connections fill up in the first steps.
-WARM = 20
+WARM = 20 if LONG else 10
 # A row, its trajectories and its metrics leave something in allocators; a kept version of tiny's weights is 2 MiB.
 KIB_PER_STEP = 256
 

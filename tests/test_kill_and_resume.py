@@ -228,6 +228,7 @@ def test_learners_that_are_lost_twice_are_started_again_in_place(
     assert json.loads((run / "summary.json").read_text())["restarts"] == {"learner": 2}
 
 
+@only_long
 def test_a_rank_that_hangs_is_lost_with_its_gang(tmp_path: Path) -> None:
     """Two ranks under ZeRO-3, one of which is stopped."""
     run = tmp_path / "runs/hung"
@@ -244,6 +245,7 @@ def test_a_rank_that_hangs_is_lost_with_its_gang(tmp_path: Path) -> None:
     assert "learner rank" in events(run)[0]["cause"]
 
 
+@only_long
 def test_learners_that_are_lost_too_often_end_the_run_with_the_cause(tmp_path: Path) -> None:
     run = tmp_path / "runs/budget"
     process = start(tmp_path, "budget", SIMULATED, **{"supervision.learner_restarts": 0})

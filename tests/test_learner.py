@@ -145,7 +145,7 @@ def whole_weights(group: LearnerGroup, path: Path) -> dict[str, torch.Tensor]:
         pytest.param(0, 1, 64, marks=only_long),
         (0, 2, 10_000),
         pytest.param(1, 2, 64, marks=only_long),
-        (2, 2, 64),
+        pytest.param(2, 2, 64, marks=only_long),
         pytest.param(3, 1, 10_000, marks=only_long),
         (3, 2, 64),
     ],

@@ -81,7 +81,8 @@ def assert_nothing_left(run: StartedRun, *, logs_kept: bool) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("end", ENDS)
+# A single interrupt, of a run on real vLLM, is in test_train_command.
+@pytest.mark.parametrize("end", [pytest.param(interrupt, marks=only_long), *ENDS[1:]])
 def test_in_the_middle_of_training(end: Callable[[StartedRun], int], seed: int, tmp_path: Path) -> None:
     rng = random.Random(f"{end.__name__} {seed}")
     with started_run(tmp_path, "checkpoint.every=2") as run:

@@ -239,9 +239,10 @@ _NOT_TO_BE_INTERRUPTED = """
 import time
 from raygym import owned_command
 owned_command.end_with_owner(again_s=0.3, times=3)
-print("up", flush=True)
+said = False
 while True:
-    try:
+    try:  # the first interrupt comes as soon as it has said that it is up
+        said = said or print("up", flush=True) or True
         time.sleep(20)
         break
     except KeyboardInterrupt:

@@ -67,7 +67,8 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 # Ray takes a minute to miss a raylet that was killed.
-@pytest.mark.parametrize(("how", "steps"), [(signal.SIGTERM, 80), pytest.param(signal.SIGKILL, 600, marks=only_long)])
+@only_long
+@pytest.mark.parametrize(("how", "steps"), [(signal.SIGTERM, 80), (signal.SIGKILL, 600)])
 def test_what_a_lost_node_ran_is_replaced(how: int, steps: int, ray_cluster: None, tmp_path: Path) -> None:
     run, output = tmp_path / "runs/nodes", tmp_path / "output"
     with more_nodes(2, "--num-cpus=4") as nodes, training(tmp_path, steps) as process:
