@@ -37,11 +37,13 @@ from raygym.actors import cluster
 
 GPUS = (1, 4, 16, 64, 256, 1024)
 QUICK_GPUS = (1, 4, 16, 64, 1024)
+LARGEST_OF_ALL_BOUNDS = 256
+"""Beyond it only `max_staleness` 1 is played, unless `--gpus` says otherwise: each takes minutes."""
 PLACES_PER_GPU = 100
 LEARN_SHARE = 0.5
 # Processor seconds of Ray in a manager's process: of a call and its answer, and of a trajectory of an episode's size in
-# it. The median of three measurements by `--measure-ray`, beside other work.
-RAY_CALL_S, RAY_TRAJECTORY_S = 880e-6, 15e-6
+# it. The median of three measurements by `--measure-ray`, beside other work, in a sandbox where system calls are dear.
+RAY_CALL_S, RAY_TRAJECTORY_S = 680e-6, 7e-6
 SLOWED_GPUS, SLOWED_BY, QUICK_SLOWED_BY = 64, (8, 16, 32, 64, 128), (64,)
 # Of a turn, in ms, and turns of an episode there: `cpu_ms_per_turn_*` of `rollout.py`, see docs/measurements.md.
 CPU_MS_PER_TURN = {"env_runner": 0.26, "replica": 0.08}
@@ -90,7 +92,12 @@ def main() -> None:
         print({key: rounded(value) for key, value in row.items()}, file=sys.stderr, flush=True)
         return row
 
-    rows = [play(gpus, bound) for bound in staleness for gpus in sizes]
+    rows = [
+        play(gpus, bound)
+        for bound in staleness
+        for gpus in sizes
+        if bound == 1 or gpus <= LARGEST_OF_ALL_BOUNDS or options.gpus
+    ]
     by_itself = next((row for row in rows if (row["gpus"], row["max_staleness"]) == (SLOWED_GPUS, 1)), None)
     slowed = [by_itself or play(SLOWED_GPUS, 1)]
     slowed += [play(SLOWED_GPUS, 1, factor) for factor in (QUICK_SLOWED_BY if options.quick else SLOWED_BY)]
