@@ -2,18 +2,18 @@
 # PYTHON=/path/to/python3.11 chooses the interpreter of the virtual environment.
 PYTHON ?=
 BIN := .venv/bin
-BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 # NEMO_GYM_PYTHON=/path/to/python3.13 chooses the interpreter of NeMo Gym's own virtual environment.
 NEMO_GYM_PYTHON ?=
 # TRL_PYTHON=/path/to/python3.11 chooses that of TRL's.
 TRL_PYTHON ?=
-# `make bench BENCH_ARGS=--quick` for a short run.
+# `make bench BENCH_ARGS="--only serving rollout"` for a part; `.venv/bin/python benchmarks/suite run --help` has the rest.
 BENCH_ARGS ?=
 
 # DeepSpeed looks for ninja on the PATH; last, for the reason given in tools/setup.py.
 export PATH := $(PATH):$(CURDIR)/$(BIN)
 
-.PHONY: setup nemo-gym trl demo test test-long test-pure lint bench docs clean
+.PHONY: setup nemo-gym trl demo test test-long test-pure lint bench bench-full bench-pages bench-compare bench-agree docs \
+	clean
 
 setup:
 	@python3 tools/setup.py $(if $(PYTHON),--python "$(PYTHON)")
@@ -44,8 +44,25 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# All benchmarks in quick mode, at most 20 minutes: one table, and the results in runs/bench.
 bench: setup
-	@set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file $(BENCH_ARGS); done
+	@$(BIN)/python benchmarks/suite run $(BENCH_ARGS)
+
+# Hours. Writes benchmarks/results, which are committed; then `make bench-pages`.
+bench-full: setup
+	@$(BIN)/python benchmarks/suite run --full $(BENCH_ARGS)
+
+# benchmarks/README.md, its plots and the README's figures, made of benchmarks/results. BENCH_ARGS=--check only looks.
+bench-pages: setup
+	@$(BIN)/python benchmarks/suite pages $(BENCH_ARGS)
+
+# Fails if a ratio of the last `make bench` is worse than the committed one by more than noise.
+bench-compare: setup
+	@$(BIN)/python benchmarks/suite compare $(BENCH_ARGS)
+
+# BENCH_ARGS="folder other": fails if two runs differ by more than noise.
+bench-agree: setup
+	@$(BIN)/python benchmarks/suite agree $(BENCH_ARGS)
 
 # The API reference, made of the docstrings.
 docs: setup

@@ -83,7 +83,7 @@ def _train(
     resumed: ResumePoint | None,
     mirror: CheckpointMirror | None,
 ) -> None:
-    started = time.monotonic()
+    started, started_at = time.monotonic(), time.time()
     if unloadable := unloadable_state(config.learner.deepspeed):
         if resumed is not None:
             raise ConfigError(unloadable)
@@ -112,6 +112,7 @@ def _train(
             console.note(f"ready after {ready_s:.0f} s; OpenAI API at {session.url}; logs in {logs / 'driver.log'}")
             console.detail(f"logs of the actors, until the run ends: {session_logs() or 'see Ray'}")
             summary = train_through_losses(config, session, files, console, resumed, mirror)
+            first_token_at = session.first_token_at
         finally:
             with ExitStack() as stack:
                 stack.callback(files.close)
@@ -121,7 +122,10 @@ def _train(
                     gather_logs(actors_logs, logs / "actors")
                 with console.phase("stopping"):
                     session.__exit__(*why)
-    summary["ready_s"] = round(ready_s, 1)
+    summary["started_at"] = round(started_at, 3)
+    summary["ready_s"] = round(ready_s, 3)
+    if first_token_at is not None:
+        summary["first_token_s"] = round(first_token_at - started_at, 3)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.summary(summary)
     rewards = list(summary["validation_reward"].values())

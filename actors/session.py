@@ -22,6 +22,7 @@ from raygym.actors.weight_health import WeightHealth
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import RunConfig
 from raygym.rollout_state import RolloutState
+from raygym.supervision import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,16 @@ class Session:
     def url(self) -> str:
         """Base URL of the OpenAI-compatible API."""
         return f"http://{self._config.policy.http.host}:{self.port}/v1"
+
+    @property
+    def first_token_at(self) -> float | None:
+        """When the first engine made its first token, in seconds since the epoch.
+
+        None before that, and where a replica was replaced: the first one may be gone.
+        """
+        if Kind.REPLICA.value in self.supervisor.restarts:
+            return None
+        return min((state.first_token_at for state in self.weights.serving() if state.first_token_at), default=None)
 
     def __enter__(self) -> Session:
         try:

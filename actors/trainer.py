@@ -93,6 +93,7 @@ class Trainer:
                 self._more["advantage/histogram"] = advantage_histogram(sequences)
                 with self._timed("learn"):
                     self._metrics |= learn_metrics(session.learners.update(sequences))
+                with self._timed("log"):
                     learned = self._learned_logprobs(sequences)
                 self._require_finite(step + 1, version, collected)
                 with self._timed("validate_wait"):  # it is played by the weights that go now
@@ -103,8 +104,9 @@ class Trainer:
                 self._more["sync/checksum"] = self._checksum = published.checksum
                 version = published.version
                 session.rollouts.set_version(version)
-                self._files.ledger(step + 1, collected)
-                self._files.rollouts(step + 1, collected, learned=learned)
+                with self._timed("log"):
+                    self._files.ledger(step + 1, collected)
+                    self._files.rollouts(step + 1, collected, learned=learned)
                 self._metrics |= session.supervisor.take_metrics()
                 self._metrics |= self._alarms.observe(step + 1, self._metrics, collected)
             self._last = (self._log(step + 1), collected.state)
@@ -181,8 +183,9 @@ class Trainer:
         metrics, self._metrics = self._metrics, {}
         more, self._more = self._more, {}
         row: Row = {**metrics, **more}
-        held = self._write(step, row)  # before it is shown: what is shown is on disk, or held
-        self._console.step(step, metrics)
+        with self._timed("log"):  # a row cannot tell of itself, so that is told with the next step's
+            held = self._write(step, row)  # before it is shown: what is shown is on disk, or held
+            self._console.step(step, metrics)
         self._validate(step, held)
         return row
 
@@ -270,4 +273,5 @@ class Trainer:
         self._console.progress(self._doing)
         started = time.monotonic()
         yield
-        self._metrics[f"time/{name}_s"] = time.monotonic() - started
+        key = f"time/{name}_s"
+        self._metrics[key] = self._metrics.get(key, 0.0) + time.monotonic() - started

@@ -118,6 +118,11 @@ class VLLMEngine:
         self.weight_version = 0
         self.weights_checksum = ""
 
+    @property
+    def first_token_at(self) -> float | None:
+        """When vLLM's first step with a generated token was reported."""
+        return self._meter.first_token_at
+
     async def set_version(self, version: int) -> None:
         """Label what is generated from now on. Call it only while nothing is scheduled."""
         await self._llm.update_weight_version(str(version))
@@ -213,6 +218,7 @@ class _StepReports(StatLoggerBase):  # type: ignore[misc]
     ) -> None:
         """One step; either of the two may be missing."""
         if iteration_stats is not None:
+            self._meter.generated(iteration_stats.num_generation_tokens)
             self._meter.preempted(iteration_stats.num_preempted_reqs)
         if scheduler_stats is not None:
             self._meter.stepped(

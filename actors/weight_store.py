@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class WeightStore:
             WeightsError: there is too little.
         """
         self._slots = WeightSlots(safetensors_header(self._manifest), self._manifest.nbytes)
+        # Not waited for: until it is done, a version takes longer to write and to map.
+        threading.Thread(target=self._slots.use_huge_pages, name="huge-pages", daemon=True).start()
         return self._slots.paths, self._slots.base
 
     def ping(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from harness import report
+from harness import calibrate, report
 
 from raygym.actors import serving
 from raygym.batching_config import BatchingConfig
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="as policy.model; tiny costs so little that "
                         "the overhead around the engine is what is measured")  # fmt: skip
     options = parser.parse_args()
+    calibrate()
     model_dir = resolve_policy(options.model)
     config = PolicyConfig(model=options.model, vllm={"max_model_len": MAX_MODEL_LEN})
     config = serving.with_engine_defaults(config, str(model_dir))

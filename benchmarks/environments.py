@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from harness import report
+from harness import calibrate, report
 
 from raygym.actors.env_runner import EnvRunner
 from raygym.config import EnvConfig
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one repetition and fewer episodes")
     options = parser.parse_args()
+    calibrate()
     repetitions, concurrent = (1, 500) if options.quick else (3, 2000)
     samples: dict[str, list[float]] = {}
     for _ in range(repetitions):

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import report
+from harness import calibrate, report, report_skipped
 from harness.learn_rollouts import Rollouts
 from harness.learn_settings import LearnSettings
 from harness.learn_workloads import Workload, make_rollouts
@@ -86,10 +86,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="one more step of each, its operators to standard error")
     options = parser.parse_args()
     if not TRL_PYTHON.exists():
-        missing = "TRL is not prepared here; run `make trl` once"
-        print(f"skipped: {missing}")
-        print(json.dumps({"name": "learner", "skipped": missing, "metrics": {}}))
+        report_skipped("learner", "TRL is not prepared here; run `make trl` once")
         return
+    calibrate()
     model = QUICK_MODEL if options.quick else MODEL
     with tempfile.TemporaryDirectory(prefix="raygym-learner-") as folder:
         run = Run(

@@ -18,14 +18,13 @@ one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import report
+from harness import calibrate, report, report_skipped
 from harness.fake_policy import FakePolicy
 from harness.nemo_gym_stack import Collection, nemo_gym
 from harness.rollout_stack import rollout_stack
@@ -48,9 +47,9 @@ def main() -> None:
     try:
         find_interpreter("")
     except NemoGymError as error:
-        print(f"skipped: {error}")
-        print(json.dumps({"name": "nemo_gym", "skipped": str(error), "metrics": {}}))
+        report_skipped("nemo_gym", str(error))
         return
+    calibrate()
     repetitions = 1 if options.quick else 3
     levels = options.only or ([64] if options.quick else list(EPISODES))
     samples: dict[str, list[float]] = {}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from harness import report
+from harness import calibrate, report
 from harness.handle_round_trip import handle_round_trip_s
 from harness.ideal import lock_step_s, makespan_s, steady_s, whole_batches_s
 from harness.peer_policies import OVERLAPPING, peer_scheduler
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repetition of the first measurement only")
     parser.add_argument("--only", nargs="+", default=[], help="names of measurements")
     options = parser.parse_args()
+    calibrate()
     repetitions = 1 if options.quick else 3
     wanted = options.only or (["64"] if options.quick else list(MEASUREMENTS))
     samples: dict[str, list[float]] = {}

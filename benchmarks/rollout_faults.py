@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 import ray
-from harness import report
+from harness import calibrate, report
 from harness.agents import Agents
 from harness.faults import Fault, Injector, draw_faults
 from harness.faulty import TURN_REWARD
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a quarter of the episodes")
     parser.add_argument("--seed", type=int, default=0, help="draws the moments and victims of the faults")
     options = parser.parse_args()
+    calibrate()
     steps, hung_s = (3, 10.0) if options.quick else (12, 30.0)
     plain = run(steps, {}, [], options.seed)
     faults = draw_faults(options.seed, plain.seconds, hung_s)

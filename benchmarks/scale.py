@@ -27,7 +27,7 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
-from harness import report, rounded
+from harness import calibrate, report, rounded
 from harness.manager_cost import measure_manager, measure_ray_call
 from harness.virtual_cluster import ClusterRun, ClusterSetup, batch_s, engine_alone, runners_for, simulate_cluster
 from harness.virtual_engines import MODEL, Workload, gpu_engine
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="of what is measured in real time")
     parser.add_argument("--measure-ray", action="store_true", help="a call's cost by a real actor, not by its constant")
     options = parser.parse_args()
+    calibrate()
     staleness = options.staleness or ([1] if options.quick else [0, 1, 2])
     sizes = sorted({*(options.gpus or (QUICK_GPUS if options.quick else GPUS)), SLOWED_GPUS})
     engine, workload = gpu_engine(), Workload()

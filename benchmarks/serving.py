@@ -20,7 +20,7 @@ from statistics import median
 
 import httpx
 import numpy as np
-from harness import report
+from harness import calibrate, report
 from transformers import AutoTokenizer
 
 from raygym.actors import cluster, serving
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
     options = parser.parse_args()
+    calibrate()
     repetitions, rounds = (1, 1) if options.quick else (3, 1)
     model_dir = str(resolve_policy(options.model))
     config = serving.with_engine_defaults(PolicyConfig(model=options.model, vllm=_ENGINE), model_dir)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from harness import report
+from harness import calibrate, report
 
 ROOT = Path(__file__).parent.parent
 # What the name begins with that Ray gives to an actor's process.
@@ -64,6 +64,7 @@ def main() -> None:
     victims = [kind for kind in options.victims.split(",") if kind]
     if unknown := set(victims) - set(KINDS):
         parser.error(f"--victims: {unknown.pop()} is none of {', '.join(KINDS)}")
+    calibrate()
     with tempfile.TemporaryDirectory(prefix="raygym-soak-") as folder, training(Path(folder), options) as run:
         samples, faults = watch(run, options, victims)
         steps = steps_made(Path(folder))

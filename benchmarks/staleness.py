@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from harness import report
+from harness import calibrate, report
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, Sequence[str]] = {
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", help="more overrides of the run config")
     options = parser.parse_args()
+    calibrate()
     base = [*(TINY if options.model == "tiny" else SMOLLM2), *options.overrides]
     settings, seeds = list(options.settings), options.seeds
     if options.quick:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from harness import report
+from harness import calibrate, report
 from harness.plain_gloo import PlainGloo
 from harness.weight_layouts import Engines, Stores, learners
 
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two repetitions, and simulated engines instead of vLLM")
     parser.add_argument("--repetitions", type=int, default=0, help="default: 5, quick: 2")
     options = parser.parse_args()
+    calibrate()
     repetitions = options.repetitions or (2 if options.quick else 5)
     engine = "simulated" if options.quick else "vllm"
     bucket_bytes = SyncConfig().bucket_mib << 20

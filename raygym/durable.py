@@ -30,7 +30,9 @@ def replace_durably(path: Path, data: bytes) -> None:
     new = path.with_name(f"{path.name}.new")
     try:
         chaos.at("disk.replace")
-        new.write_bytes(data)
+        new.unlink(missing_ok=True)  # of a writer that was killed, or a link that leads elsewhere
+        with new.open("xb") as file:
+            file.write(data)
         sync_file(new)
         new.replace(path)
     except OSError:

@@ -21,6 +21,10 @@ class Engine(Protocol):
     weights_checksum: str
     """`weight_checksums.model_checksum` of the weights in use; empty until the first version was applied."""
 
+    @property
+    def first_token_at(self) -> float | None:
+        """When it made its first token, in seconds since the epoch by its machine's clock; None before that."""
+
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
         """Sample one continuation. Cancelling the call frees the request in the engine."""
 

@@ -36,6 +36,8 @@ class ReplicaState:
     fenced: bool = False
     """It did so, and was granted nothing since."""
     pid: int = 0
+    first_token_at: float | None = None
+    """When its engine made its first token, in seconds since the epoch; None before that."""
 
     @property
     def weight_version(self) -> int:

@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-_REDRAWN_PER_S = 4
+REDRAWN_PER_S = 4
 _ASCII_BARS = {"█": "#", "▓": "=", "▒": "-", "░": ".", "━": "#", "─": "-", "●": "*", "…": "~", "Δ": "d", "→": ">"}
 
 
@@ -173,7 +173,7 @@ class LiveConsole:
             self._shown = Live(
                 console=self._console,
                 get_renderable=self.view,
-                refresh_per_second=_REDRAWN_PER_S,
+                refresh_per_second=REDRAWN_PER_S,
                 transient=True,
                 redirect_stdout=False,
                 redirect_stderr=False,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from raygym.types import EngineLoad
 
 
@@ -16,8 +19,11 @@ class LoadMeter:
     after the last request was cancelled there is none.
     """
 
-    def __init__(self) -> None:
-        """Nothing runs yet."""
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """Nothing runs yet. `clock`: seconds since the epoch."""
+        self._clock = clock
+        self.first_token_at: float | None = None
+        """When the first step with a generated token was reported, by the clock."""
         self._running: dict[int, int] = {}
         self._waiting: dict[int, int] = {}
         self._kv_cache_usage: dict[int, float] = {}
@@ -31,6 +37,11 @@ class LoadMeter:
         # A report of the last step before a pause may come late.
         if self._goes_on and not any(self._waiting.values()):
             self._put_back = 0  # all are in the batch again, or were cancelled
+
+    def generated(self, tokens: int) -> None:
+        """So many tokens were made by a step."""
+        if self.first_token_at is None and tokens:
+            self.first_token_at = self._clock()
 
     def preempted(self, requests: int) -> None:
         """So many were preempted; told of each when it has its next token."""

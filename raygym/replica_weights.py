@@ -84,6 +84,7 @@ class ReplicaWeights:
             admission.ended_s,
             admission.fenced,
             os.getpid(),
+            self._engine.first_token_at,
         )
 
     def beat(self, beat: Beat) -> ReplicaState:

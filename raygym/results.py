@@ -54,7 +54,7 @@ class Run(_Folder):
     @property
     def summary(self) -> dict[str, Any]:
         """What summary.json holds, such as `validation_reward` and `seconds`; {} where the run has not ended well."""
-        return json_file(self.path / "summary.json")
+        return json_file(self.path / "summary.json", within=self.path)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -62,12 +62,14 @@ class Run(_Folder):
 
         `pandas.DataFrame(run.metrics)` is a table of them.
         """
-        return list(json_lines(self.path / "metrics.jsonl"))
+        return list(json_lines(self.path / "metrics.jsonl", within=self.path))
 
     @property
     def validation_reward(self) -> dict[int, float]:
         """By step, the mean reward on the held-out tasks."""
-        found = {row["step"]: row.get("val/reward") for row in json_lines(self.path / "metrics.jsonl")}
+        found = {
+            row["step"]: row.get("val/reward") for row in json_lines(self.path / "metrics.jsonl", within=self.path)
+        }
         return {step: float(reward) for step, reward in found.items() if reward is not None}
 
     @property
@@ -84,11 +86,11 @@ class Run(_Folder):
             UnreadableRun: a file is damaged.
         """
         for _, path in trajectory_files(self.path, kind):
-            yield from map(parsed_trajectory, json_lines(path))
+            yield from map(parsed_trajectory, json_lines(path, within=self.path))
 
     def __repr__(self) -> str:
         """One line: where it is and how far."""
-        steps = sum(1 for _ in json_lines(self.path / "metrics.jsonl"))
+        steps = sum(1 for _ in json_lines(self.path / "metrics.jsonl", within=self.path))
         rewards = list(self.validation_reward.values())
         validated = f", validation reward {rewards[0]:.3f} -> {rewards[-1]:.3f}" if rewards else ""
         return f"Run({str(self.path)!r}: {steps} rows of metrics{validated}{', finished' * self.finished})"
@@ -116,12 +118,12 @@ class Rollout(_Folder):
     @property
     def summary(self) -> dict[str, Any]:
         """What summary.json holds: `reward`, its standard error, `pass_at`, tokens per second, each environment."""
-        return json_file(self.path / "summary.json")
+        return json_file(self.path / "summary.json", within=self.path)
 
     def __iter__(self) -> Iterator[Trajectory]:
         """The episodes, those of a task one after the other. Raises UnreadableRun where the file is damaged."""
         # A generator keeps `self`, and so a temporary folder, until it is read, also in `for t in rg.rollout(...)`.
-        yield from map(parsed_trajectory, json_lines(self.path / "trajectories.jsonl"))
+        yield from map(parsed_trajectory, json_lines(self.path / "trajectories.jsonl", within=self.path))
 
     def __len__(self) -> int:
         """Episodes, those of tasks that were given up not counted."""

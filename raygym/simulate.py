@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,6 +113,8 @@ class SimulatedEngine:
         self._life = EngineLife(config.die_after_turns, may_die) if config.die_after_turns else None
         self.weight_version = 0
         self.weights_checksum = ""
+        self.first_token_at: float | None = None
+        """When it gave its first answer: what it simulates are whole generations."""
 
     @property
     def batch(self) -> ContinuousBatching | None:
@@ -130,9 +133,11 @@ class SimulatedEngine:
         """
         self._generating += 1
         try:
-            if self._life is None:
-                return await self._generate(prompt_token_ids, sampling)
-            return await self._life.run(self._generate(prompt_token_ids, sampling))
+            generating = self._generate(prompt_token_ids, sampling)
+            answer = await (generating if self._life is None else self._life.run(generating))
+            if self.first_token_at is None:
+                self.first_token_at = time.time()
+            return answer
         finally:
             self._generating -= 1
 

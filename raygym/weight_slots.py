@@ -7,11 +7,11 @@ container gives to /dev/shm does not matter.
 
 from __future__ import annotations
 
-import mmap
 import os
 
 import psutil
 
+from raygym.huge_pages import map_aligned, use_huge_pages
 from raygym.weights import WeightsError
 
 _SPARE = 256 << 20
@@ -45,7 +45,7 @@ class WeightSlots:
         self._maps = []
         for descriptor in self._descriptors:
             os.posix_fallocate(descriptor, 0, size)
-            self._maps.append(mmap.mmap(descriptor, size))
+            self._maps.append(map_aligned(descriptor, size))
             self._maps[-1][: self.base] = header
 
     @property
@@ -55,7 +55,11 @@ class WeightSlots:
 
     def data(self, slot: int) -> memoryview:
         """The data of a slot, without the header; writable."""
-        return memoryview(self._maps[slot])[self.base :]
+        return self._maps[slot][self.base :]
+
+    def use_huge_pages(self) -> bool:
+        """See `huge_pages.use_huge_pages`. Takes a while; the slots may be used meanwhile."""
+        return all([use_huge_pages(view) for view in self._maps])
 
     def close(self) -> None:
         """Give the memory back; processes that have it open keep it until they end."""
@@ -79,10 +83,10 @@ class OpenSlots:
         for path in paths:
             try:
                 with open(path, "r+b") as file:
-                    self._maps.append(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+                    self._maps.append(map_aligned(file.fileno(), os.fstat(file.fileno()).st_size))
             except OSError as error:
                 raise WeightsError(f"the weight store of this node is gone ({path}: {error.strerror})") from error
 
     def data(self, slot: int) -> memoryview:
         """The data of a slot, without the header; writable."""
-        return memoryview(self._maps[slot])[self.base :]
+        return self._maps[slot][self.base :]

@@ -249,3 +249,11 @@ def test_a_durable_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="no space left"):
         raygym.durable.replace_durably(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_a_link_at_a_durable_files_new_name_leads_nobody_out(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "latest"
+    victim.write_bytes(b"untouched")
+    path.with_name("latest.new").symlink_to(victim)
+    raygym.durable.replace_durably(path, b"new")
+    assert (path.read_bytes(), victim.read_bytes()) == (b"new", b"untouched")

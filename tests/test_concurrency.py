@@ -306,6 +306,15 @@ class TestLoadMeter:
         meter.preempted(2)
         assert meter.load(9) == EngineLoad(7, 2, 2, 0.7)
 
+    def test_the_first_token_is_the_first_that_a_step_has_made(self) -> None:
+        now_s = iter([10.0, 11.0])
+        meter = LoadMeter(lambda: next(now_s))
+        meter.generated(0)
+        assert meter.first_token_at is None
+        meter.generated(2)
+        meter.generated(1)
+        assert meter.first_token_at == 10.0
+
     def test_what_was_cancelled_since_the_last_step_is_not_there(self) -> None:
         meter = LoadMeter()
         meter.stepped(0, 4, 3, 0.5)

@@ -187,7 +187,7 @@ def test_an_interrupt_leaves_no_half_line_either(tmp_path: Path, monkeypatch: py
     ("write", "by"),
     [
         (lambda path: write_whole(path, "new"), "open"),
-        (lambda path: replace_durably(path, b"new"), "write_bytes"),
+        (lambda path: replace_durably(path, b"new"), "open"),
     ],
 )
 def test_a_file_that_cannot_be_replaced_is_the_old_one_and_nothing_lies_beside_it(

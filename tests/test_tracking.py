@@ -238,6 +238,28 @@ def test_what_waits_for_a_tracker_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert run.noted == [-1], "who goes on with the run sends what was left out"
 
 
+def test_what_waits_for_a_call_that_hangs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_MOST_WAITING", 3)
+    hangs, goes_on = threading.Event(), threading.Event()
+    told, noted = list[str](), list[int]()
+
+    def hang(step: int) -> bool:
+        hangs.set()
+        return not goes_on.wait(20)
+
+    fake = Fake(hang)
+    tracker = BackgroundTracker("X", lambda: fake, told.append, lambda _, step: noted.append(step))
+    tracker.log(0, {})
+    assert hangs.wait(20)
+    for step in range(1, 10):
+        tracker.log(step, {})
+    goes_on.set()
+    tracker.close(Outcome.FINISHED, 20)
+    assert fake.taken == [0, 1, 2, 3]
+    assert len(told) == 1 and "the newest are left out" in told[0]
+    assert noted[-1] == 3, "who goes on with the run sends the others"
+
+
 def test_steps_that_are_made_again_are_noted_again() -> None:
     run = Tracked(lambda step: False).log(5, 6, 7, 6, 7)
     run.end()

@@ -129,6 +129,7 @@ def test_train_directly_and_as_a_submitted_job_give_the_same_run(head: dict[str,
     assert all(row["policy/logprob_abs_diff_max"] < 1e-3 for row in direct[1:])
     summary = json.loads((tmp_path / "direct/tiny/summary.json").read_text())
     assert summary["policy_version"] == 3
+    assert 0 < summary["ready_s"] < summary["first_token_s"] < summary["seconds"]
     assert direct[-1]["sync/checksum"] == summary["weights_checksum"]
     assert (tmp_path / "direct/tiny/checkpoints/latest").read_text().strip() == "step_000003"
 

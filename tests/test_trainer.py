@@ -146,6 +146,7 @@ def test_a_validation_overlaps_the_next_step_and_no_change_of_weights(tmp_path: 
     for row in rows(files):
         assert ("time/validate_s" in row) == ("val/reward" in row)
         assert ("time/step_s" in row and "time/validate_wait_s" in row and "loss" in row) == (row["step"] > 0)
+        assert row.get("time/log_s", 0.0) < row.get("time/step_s", 1.0) and ("time/log_s" in row) == (row["step"] > 0)
 
 
 def test_a_run_that_fails_while_it_validates_keeps_the_finished_step(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ class _Caller:
 
 def handle_round_trip_s(calls: int = 300) -> float:
     """Median seconds of one call after another. Needs Ray and Serve to be up."""
+    return handle_round_trips_s(1, calls)[0]
+
+
+def handle_round_trips_s(repetitions: int, calls: int = 300) -> list[float]:
+    """The same for each repetition. Serve is started if it is not up; Ray must be."""
     environment = serving.engine_environment(PolicyConfig(model="tiny", engine="simulated"))
     options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": environment}}
     deployment: Any = serve.deployment(_Echo, ray_actor_options=options)
@@ -41,7 +46,7 @@ def handle_round_trip_s(calls: int = 300) -> float:
     serve.run(deployment.bind(), name=_APP, route_prefix="/echo")
     caller = actor.options(num_cpus=0).remote()
     try:
-        return float(ray.get(caller.median_s.remote(calls), timeout=120))
+        return [float(ray.get(caller.median_s.remote(calls), timeout=120)) for _ in range(repetitions)]
     finally:
         ray.kill(caller)
         serve.delete(_APP)

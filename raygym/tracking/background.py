@@ -54,6 +54,8 @@ class BackgroundTracker:
         self._rows: queue.SimpleQueue[tuple[int, Row] | Outcome] = queue.SimpleQueue()
         self._left: list[_Waiting] = []
         self._newest = -1
+        # The first step of which it was not even told: the thread hangs in a call to it.
+        self._never_told: int | None = None
         self._noted: int | None = None
         self._noted_below = math.inf
         self._warned = self._warned_of_refused = self._warned_of_many = False
@@ -61,8 +63,12 @@ class BackgroundTracker:
         self._thread.start()
 
     def log(self, step: int, row: Row) -> None:
-        """Pass on a row; returns at once and never raises."""
-        self._rows.put((step, row))
+        """Pass on a row; returns at once and never raises. It is left out while too many wait."""
+        if self._rows.qsize() < _MOST_WAITING:
+            self._rows.put((step, row))
+        elif self._never_told is None:
+            self._never_told = step
+            self._told(self._too_many("newest"))
 
     def close(self, outcome: Outcome, timeout_s: float) -> None:
         """Give it time to take what is left. Never raises; what is not taken by then is told."""
@@ -106,7 +112,9 @@ class BackgroundTracker:
                 waiting.refused += 1
             self._give_up([waiting for waiting in self._left if waiting.refused >= _MOST_REFUSALS])
         self._forget(self._left[:-_MOST_WAITING])
-        has = min(self._newest, self._noted_below - 1, *(waiting.step - 1 for waiting in self._left))
+        never_told = math.inf if self._never_told is None else self._never_told
+        below = min(self._noted_below, never_told, *(waiting.step for waiting in self._left), math.inf)
+        has = min(self._newest, below - 1)
         if has != self._noted:
             self._noted = int(has)
             self._logged(tracker.id, self._noted)
@@ -136,10 +144,13 @@ class BackgroundTracker:
             self._noted_below = min(self._noted_below, waiting.step)
             if not self._warned_of_many:
                 self._warned_of_many = True
-                self._told(
-                    f"warning: more than {_MOST_WAITING} rows wait for {self._name}; the oldest are left out there, "
-                    "and metrics.jsonl has all rows"
-                )
+                self._told(self._too_many("oldest"))
+
+    def _too_many(self, which: str) -> str:
+        return (
+            f"warning: more than {_MOST_WAITING} rows wait for {self._name}; the {which} are left out there, and "
+            "metrics.jsonl has all rows"
+        )
 
     def _failed(self, error: BaseException, so: str) -> None:
         if self._warned:

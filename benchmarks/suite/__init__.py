@@ -1,0 +1,1 @@
+"""All benchmarks as one command: `python benchmarks/suite`, which `make bench` runs."""

@@ -1,0 +1,81 @@
+"""Plots as SVG, drawn by matplotlib.
+
+Each file says what it was made of, so that a check need not draw it again: another matplotlib draws other bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from suite.plots import Bars, Lines, Plot, digest
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "raygym",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_MET, _MISSED = "#2a7f62", "#c0392b"
+_FAR = (0.25, 8.0)
+"""Bars of ratios to a goal end here."""
+_OF = re.compile(r"of ([0-9a-f]{64})")
+
+
+def drawn_of(svg: str) -> str | None:
+    """The digest of the plot that an SVG was made of; None if it is none of ours."""
+    found = _OF.search(svg)
+    return found[1] if found else None
+
+
+def draw(plot: Plot) -> str:
+    """The SVG."""
+    with rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are literals
+        height = 0.9 + 0.23 * len(plot.bars) if isinstance(plot, Bars) else 3.0
+        figure = Figure(figsize=(7.2, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(plot.title, fontsize=10, loc="left")
+        if isinstance(plot, Bars):
+            _draw_bars(axes, plot)
+        else:
+            _draw_lines(axes, plot)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Description": f"of {digest(plot)}"})
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def _draw_bars(axes: Axes, plot: Bars) -> None:
+    names = [name for name, _ in plot.bars]
+    ends = [min(max(share, _FAR[0]), _FAR[1]) for _, share in plot.bars]
+    colours = [_MET if share >= 1 else _MISSED for _, share in plot.bars]
+    axes.barh(names, [end - 1 for end in ends], left=1, color=colours, height=0.6)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(*_FAR)
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8 or more"])
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7.5)
+
+
+def _draw_lines(axes: Axes, plot: Lines) -> None:
+    for series in plot.series:
+        x, y, low, high = zip(*series.points, strict=True)
+        below = [value - least for value, least in zip(y, low, strict=True)]
+        above = [most - value for value, most in zip(y, high, strict=True)]
+        axes.errorbar(x, y, yerr=(below, above), marker="o", markersize=4, capsize=3, label=series.label)
+    axes.set_xscale("log", base=2)
+    places = sorted({point[0] for series in plot.series for point in series.points})
+    axes.set_xticks(places, [f"{place:,.0f}" for place in places])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    axes.grid(axis="y", alpha=0.3)
+    if len(plot.series) > 1:
+        axes.legend(frameon=False)

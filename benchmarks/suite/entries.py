@@ -1,0 +1,47 @@
+"""Which benchmarks the suite has, in the order in which they run: what matters most comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CALIBRATION = "calibrate"
+"""The one whose figures all others get."""
+QUICK_MINUTES = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One script of benchmarks/."""
+
+    name: str
+    quick_s: float | None
+    """Its time limit in a quick run; None: it is only part of a full one."""
+    full_s: float
+    quick: Sequence[str] = ("--quick",)
+    """Its arguments in a quick run. In a full one it has none."""
+
+    def arguments(self, *, full: bool) -> list[str]:
+        """Of the command line."""
+        return [] if full else list(self.quick)
+
+    def limit_s(self, *, full: bool) -> float:
+        """Beyond it the benchmark is ended."""
+        return self.full_s if full or self.quick_s is None else self.quick_s
+
+
+# Not among them: soak.py, which takes hours.
+ENTRIES = (
+    Entry(CALIBRATION, 180, 300),
+    Entry("serving", 240, 1800),
+    Entry("rollout", 300, 3600, quick=("--quick", "--only", "64", "1024", "overhead")),
+    Entry("learner", 240, 5400),
+    Entry("weight_sync", 150, 1800),
+    Entry("end_to_end", 300, 3000),
+    Entry("scale", 150, 1200),
+    Entry("nemo_gym", 180, 1800),
+    Entry("environments", 90, 300),
+    Entry("rollout_faults", None, 1200),
+    Entry("staleness", None, 5400),
+    Entry("calibrate_simulated", None, 1800),
+)

@@ -1,0 +1,609 @@
+"""The frame of all benchmarks: what a result is, goals, the table, the comparison, and a suite that nothing stops."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from harness import calibration, report, report_skipped
+from harness.result import Machine, Result, ResultError, Skipped, parse_result, read_result, summary
+from harness.units import is_ratio, unit_of
+from suite import command
+from suite.compare import agree, compare
+from suite.entries import ENTRIES, QUICK_MINUTES, Entry
+from suite.goals import Goal, load_goals
+from suite.noise import noise_of
+from suite.outcomes import Kept, Outcome
+from suite.pages import BEGIN, END, Pages
+from suite.runner import SuiteRun
+from suite.table import as_markdown, as_text, number, rows
+
+ROOT = Path(__file__).parent.parent
+GOALS = load_goals()
+SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+BY_HAND = {"soak"}
+MACHINE = Machine(cpu="a cpu", cores=2, memory_gib=24.0, python="3.11.1", packages={"ray": "1"}, load_at_start=0.1)
+
+
+def made(
+    samples: Mapping[str, Sequence[float]], name: str = "fake", *, config: str = "x", quick: bool = False, **more: Any
+) -> Result:
+    """A result with these samples."""
+    kept = {key: list(values) for key, values in samples.items()}
+    return Result(
+        name=name,
+        command=f"python benchmarks/{name}.py{' --quick' if quick else ''}",
+        config=config,
+        machine=MACHINE,
+        started="2026-01-02T03:04:05Z",
+        seconds=1.5,
+        commit=None,
+        calibration={"memcpy_gib_per_s": 5.0, "memcpy_gib_per_s_spread": 0.1},
+        repetitions=max(map(len, kept.values())),
+        metrics=summary(kept),
+        samples=kept,
+        units={key: unit for key in kept if (unit := unit_of(key))},
+        **more,
+    )
+
+
+def goal(metric: str = "tokens_over_other", **more: Any) -> Goal:
+    return Goal(benchmark="fake", metric=metric, says="a thing", issue=1, **more)
+
+
+def kept(folder: Path, *results: Result) -> Kept:
+    found = Kept(folder)
+    for result in results:
+        found.keep(result.name, Outcome(status="done", seconds=1.0, limit_s=2.0), result)
+    return found
+
+
+# A result
+
+
+def test_a_report_is_a_line_that_can_be_read_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report("fake", {"a_ms": [3.0, 1.0, 2.0], "b_over_c": [1 / 3]}, config="c", calibration={"d": 1.0}, rows=[{"e": 1}])
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    result = parse_result(line, "the line")
+    assert isinstance(result, Result)
+    assert result.metrics == {"a_ms": 2.0, "a_ms_spread": 2.0, "b_over_c": 0.3333, "b_over_c_spread": 0.0}
+    assert result.units == {"a_ms": "ms", "b_over_c": "1"} and result.samples["b_over_c"] == [0.333333]
+    assert (result.config, result.calibration, result.details) == ("c", {"d": 1.0}, {"rows": [{"e": 1}]})
+    assert result.repetitions == 3 and result.machine.packages["torch"] and result.machine.cores >= 1
+    assert result.commit is None or len(result.commit.id) == 40
+    metric = result.metric("a_ms")
+    assert metric and (metric.median, metric.spread, metric.samples, metric.unit) == (2.0, 2.0, (3.0, 1.0, 2.0), "ms")
+    assert result.metric("nothing") is None
+    kept(tmp_path, result)
+    assert read_result(tmp_path / "fake.json") == result
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [({"a": [1.0, float("nan")]}, "fake: a: has the samples"), ({"a": []}, "one at least"), ({"a_spread": [1]}, "end")],
+)
+def test_what_is_no_figure_is_not_reported(samples: dict[str, list[float]], said: str) -> None:
+    with pytest.raises(ResultError, match=said):
+        report("fake", samples, calibration={})
+
+
+def test_what_is_skipped_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    report_skipped("fake", "no such thing here; run `make thing`")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "skipped: no such thing here; run `make thing`"
+    assert parse_result(lines[-1], "it") == Skipped(name="fake", skipped="no such thing here; run `make thing`")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema_version": None}, "schema_version is None; expected 1. Another version"),
+        ({"schema_version": 2}, "schema_version is 2; expected 1"),
+        ({"metrics": {"a": 1.0}}, r"metrics.a: is 1.0; by the samples it is 2.0"),
+        ({"metrics": {"a": 2.0}}, r"metrics.a_spread: is None; by the samples it is 0.0"),
+        ({"samples": {"a": []}}, "samples.a: "),
+        ({"samples": {"a": [float("inf")]}}, "samples.a.0: "),
+        ({"machine": "an old computer"}, "machine: "),
+        ({"started": "yesterday"}, "started: "),
+        ({"colour": "red"}, "colour: Extra"),
+    ],
+)
+def test_a_broken_result_is_refused_by_its_key(change: dict[str, Any], said: str) -> None:
+    fields = json.loads(made({"a": [2.0]}).model_dump_json()) | change
+    with pytest.raises(ResultError, match=f"^here: {said}"):
+        parse_result(json.dumps(fields), "here")
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "is no JSON"), ("[1]", "is no JSON object"), ("", "is no JSON")])
+def test_what_is_no_object_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ResultError, match=f"x.json: {said}"):
+        read_result(tmp_path / "x.json")
+
+
+def test_a_file_of_another_benchmark_is_refused(tmp_path: Path) -> None:
+    kept(tmp_path, made({"a": [1.0]}, "one")).result_file("one").rename(tmp_path / "two.json")
+    with pytest.raises(ResultError, match=r"two.json: is a result of one; expected one of two"):
+        Kept(tmp_path).results()
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit"),
+    [
+        ("overhead_ms_p99", "ms"),
+        ("tokens_per_s_trl_equal", "tokens/s"),
+        ("cpu_ms_per_turn_manager_64", "ms/turn"),
+        ("memcpy_gib_per_s", "GiB/s"),
+        ("manager_kib_per_episode_10000", "KiB/episode"),
+        ("turn_over_method_us", "µs"),
+        ("publish_and_apply_s_2", "s"),
+        ("peak_memory_mib", "MiB"),
+        ("tokens_per_cpu_s_over_trl_equal", "1"),
+        ("efficiency_64", "1"),
+        ("nemo_gym_turns_ratio_64", "1"),
+        ("control_calls", None),
+        ("episodes", None),
+    ],
+)
+def test_the_unit_is_in_the_name(metric: str, unit: str | None) -> None:
+    assert unit_of(metric) == unit
+    assert is_ratio(metric) == (unit == "1")
+
+
+# Calibration
+
+
+@pytest.fixture
+def uncalibrated() -> Iterator[None]:
+    calibration.calibrate.cache_clear()
+    yield
+    calibration.calibrate.cache_clear()
+
+
+def test_a_calibration_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncalibrated: None) -> None:
+    kept(tmp_path, made({"ray_call_ms": [0.4]}, "calibrate"))
+    monkeypatch.setenv(calibration.VARIABLE, str(tmp_path / "calibrate.json"))
+    assert calibration.calibrate() == {"ray_call_ms": 0.4, "ray_call_ms_spread": 0.0}
+
+
+def test_a_benchmark_by_itself_calibrates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncalibrated: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "calibrate.py"
+    script.write_text(f"print({made({'ray_call_ms': [0.4]}, 'calibrate').model_dump_json()!r})")
+    monkeypatch.setattr(calibration, "_SCRIPT", script)
+    monkeypatch.setattr(calibration, "memcpy_gib_per_s", lambda: [5.0, 6.0, 7.0])
+    monkeypatch.delenv(calibration.VARIABLE, raising=False)
+    assert calibration.calibrate()["ray_call_ms"] == 0.4
+    script.write_text("raise SystemExit(3)")
+    calibration.calibrate.cache_clear()
+    assert calibration.calibrate() == {"memcpy_gib_per_s": 6.0}
+    assert (
+        "calibration failed, only memory is measured: calibrate.py ended with exit status 3" in capsys.readouterr().err
+    )
+    monkeypatch.setenv(calibration.VARIABLE, calibration.OFF)
+    calibration.calibrate.cache_clear()
+    assert calibration.calibrate() == {"memcpy_gib_per_s": 6.0}
+    assert not capsys.readouterr().err
+
+
+def test_other_pythons_may_import_the_package() -> None:
+    """TRL's has no pydantic of ours, and NeMo Gym's no numpy."""
+    code = "import sys; import harness; print({'numpy', 'pydantic', 'psutil', 'raygym'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+# Goals
+
+
+@cache
+def literals(module: str) -> set[str]:
+    """All strings of a benchmark and of what it imports of the harness, parts of f-strings too, without outer `_`."""
+    tree = ast.parse((ROOT / "benchmarks" / f"{module}.py").read_text(encoding="utf-8"))
+    found = {
+        node.value.strip("_") for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("harness."):
+            found |= literals(node.module.replace(".", "/"))
+    return found
+
+
+def is_made_of(metric: str, pieces: set[str]) -> bool:
+    """Whether a name is pieces with `_` between them."""
+    return metric in pieces or any(
+        metric[:cut] in pieces and is_made_of(metric[cut + 1 :], pieces)
+        for cut, letter in enumerate(metric)
+        if letter == "_"
+    )
+
+
+@pytest.mark.parametrize("wanted", GOALS, ids=lambda wanted: f"{wanted.benchmark}-{wanted.metric}")
+def test_a_goal_is_of_a_metric_that_there_is(wanted: Goal) -> None:
+    """A metric that is renamed would be told as not measured for ever."""
+    assert wanted.benchmark in {entry.name for entry in ENTRIES}
+    pieces = literals(wanted.benchmark)
+    assert is_made_of(wanted.metric, pieces), f"{wanted.metric} is not in benchmarks/{wanted.benchmark}.py"
+    assert not is_made_of(f"{wanted.metric}_renamed", pieces)
+
+
+def test_the_stated_goals_are_there() -> None:
+    found = {g.metric: (g.said, g.issue) for g in GOALS if g.said}
+    assert found["efficiency_64"] == ("at least 0.95", 6) and found["tcp_over_gloo"] == ("at least 0.8", 8)
+    assert found["loop_lag_ms_p99"] == ("at most 20 ms", 6) and found["first_token_s_demo"] == ("at most 60 s", 10)
+    assert {issue for _, issue in found.values()} == {4, 6, 7, 8, 10}
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "above", "most"), [(0.9, False, False, True), (1.0, True, False, True), (1.1, True, True, False)]
+)
+def test_a_goal_is_met_or_not(value: float, least: bool, above: bool, most: bool) -> None:
+    found = goal(at_least=1.0).met(value), goal(above=1.0).met(value), goal(at_most=1.0).met(value), goal().met(value)
+    assert found == (least, above, most, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "- {benchmark: a, metric: b, says: c, issue: 1, at_least: 1, at_most: 2}",
+            "entry 0: b: has at_least and at_most",
+        ),
+        ("- {benchmark: a, metric: b, says: c, issue: 1, at_last: 1}", "entry 0: at_last Extra"),
+        ("- {benchmark: a, metric: b, says: c}", "entry 0: issue Field required"),
+        ("- &a {benchmark: a, metric: b, says: c, issue: 1}\n- *a", "b: is there twice"),
+        ("- {", "cannot be read"),
+    ],
+)
+def test_a_wrong_goal_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "goals.yaml").write_text(text)
+    with pytest.raises(ResultError, match=said):
+        load_goals(tmp_path / "goals.yaml")
+
+
+# The table
+
+
+def test_each_goal_has_its_verdict() -> None:
+    goals = [
+        goal("a_over_b", at_least=1.0),
+        goal("c_over_d", at_least=2.0),
+        goal("seconds_s"),
+        goal("not_there", at_least=1.0),
+        goal("tiny_over_x", at_least=1.0, quick_differs="the tiny model"),
+    ]
+    result = made({"a_over_b": [1.1], "c_over_d": [1.9], "seconds_s": [3.0], "tiny_over_x": [9.0]}, quick=True)
+    found = [row.said for row in rows(goals, {"fake": result}, {})]
+    assert found == [
+        "met", "NOT met", "reported", "not measured (not part of a quick run)", "not comparable (the tiny model)"
+    ]  # fmt: skip
+
+
+def test_what_a_quick_run_has_not_is_of_the_committed_one() -> None:
+    goals = [goal("a_over_b", at_least=1.0), goal("tiny_over_x", at_least=1.0, quick_differs="the tiny model")]
+    quick = {"fake": made({"tiny_over_x": [9.0]}, quick=True)}
+    full = {"fake": made({"a_over_b": [1.2], "tiny_over_x": [0.9]})}
+    first, second = rows(goals, quick, {}, full)
+    assert first.said == "met (committed run of 2026-01-02)" and first.metric and first.metric.median == 1.2
+    assert second.said == "NOT met (committed run of 2026-01-02)"
+
+
+@pytest.mark.parametrize("status", ["failed", "over", "skipped", "not run"])
+def test_what_gave_no_figures_says_why(status: Any) -> None:
+    outcomes = {"fake": Outcome(status=status, seconds=1.0, limit_s=2.0, why="because")}
+    assert [row.said for row in rows([goal()], {}, outcomes)] == [f"not measured ({status}: because)"]
+
+
+def test_tables_are_aligned_and_escaped() -> None:
+    assert as_text([("a", "bb"), ("ccc", "d")]) == "a    bb\n---  --\nccc  d"
+    assert as_markdown([("a", "b"), ("c|d", "e")]) == "| a | b |\n|---|---|\n| c\\|d | e |"
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.9549, "1", "0.955"),
+        (12345.6, "ms", "12,346 ms"),
+        (512.34, None, "512.3"),
+        (1e-7, None, "1e-07"),
+        (None, "s", "-"),
+    ],
+)
+def test_figures_are_short(value: float | None, unit: str | None, text: str) -> None:
+    assert number(value, unit) == text
+
+
+# Noise
+
+
+def metric(*samples: float) -> Any:
+    return made({"a_over_b": samples}).metric("a_over_b")
+
+
+def test_noise_is_the_larger_spread_but_a_part_of_the_value_at_least() -> None:
+    g = goal("a_over_b", at_least=1.0)
+    assert noise_of(g, metric(0.9, 1.0, 1.3), metric(1.0, 1.0, 1.0)) == pytest.approx(0.4)
+    assert noise_of(g, metric(1.0, 1.0, 1.0), metric(2.0, 2.0, 2.0)) == pytest.approx(0.1)
+    assert noise_of(g, metric(1.0, 1.0, 1.0), metric(1.0)) == pytest.approx(0.25), "one sample has no spread"
+    assert noise_of(goal("a_over_b", noise=0.02), metric(1.0, 1.0, 1.0)) == pytest.approx(0.02)
+    assert noise_of(goal("a_s"), metric(1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("better", "old", "new", "bad"),
+    [
+        ({"at_least": 1.0}, 1.0, 0.91, False),
+        ({"at_least": 1.0}, 1.0, 0.88, True),
+        ({"at_least": 1.0}, 1.0, 2.0, False),
+        ({"at_most": 1.0}, 1.0, 1.12, True),
+        ({"at_most": 1.0}, 1.0, 0.2, False),
+        ({"better": "lower"}, 1.0, 1.12, True),
+        ({}, 1.0, 0.1, False),
+    ],
+)
+def test_a_ratio_that_fell_is_found(better: dict[str, Any], old: float, new: float, bad: bool, tmp_path: Path) -> None:
+    before = kept(tmp_path / "old", made({"a_over_b": [old] * 3}))
+    now = kept(tmp_path / "new", made({"a_over_b": [new] * 3}))
+    found = compare([goal("a_over_b", **better)], before, now)
+    assert (found.bad == ["a_over_b"]) == bad
+    assert ("WORSE" in found.text) == bad
+
+
+def test_only_what_can_be_compared_is(tmp_path: Path) -> None:
+    goals = [goal("a_s", at_most=1.0, noise=0.1), goal("a_over_b", at_least=1.0)]
+    before = kept(tmp_path / "old", made({"a_s": [1.0] * 3, "a_over_b": [2.0] * 3}))
+    slower = kept(tmp_path / "slow", made({"a_s": [9.0] * 3, "a_over_b": [2.0] * 3}))
+    assert not compare(goals, before, slower).bad, "another machine has other seconds"
+    assert agree(goals, before, slower).bad == ["a_s"]
+    other = kept(tmp_path / "other", made({"a_over_b": [0.1] * 3}, config="y"))
+    found = compare(goals, before, other)
+    assert not found.bad and not found.compared and "not compared, since their configs differ: fake" in found.text
+
+
+# The suite
+
+FAKES = {
+    "good": "print('some words'); print({good!r})",
+    "skips": "print({skips!r})",
+    "fails": "import sys; print('one\\ntwo: the cause', file=sys.stderr); sys.exit(7)",
+    "killed": "import os; os.kill(os.getpid(), 9)",
+    "silent": "pass",
+    "words": "print('all is well')",
+    "broken": "print({good!r}[:-20])",
+    "old": 'print(\'{{"name": "old", "metrics": {{}}}}\')',
+    "other": "print({good!r})",
+}
+EXPECTED = {
+    "good": ("done", ""),
+    "skips": ("skipped", "no such thing"),
+    "fails": ("failed", "exit status 7: one / two: the cause"),
+    "killed": ("failed", "signal 9: it said nothing"),
+    "silent": ("failed", "it printed nothing; expected one line of JSON"),
+    "words": ("failed", "its last line: is no JSON"),
+    "broken": ("failed", "its last line: is no JSON"),
+    "old": ("failed", "its last line: schema_version is None"),
+    "other": ("failed", "its last line is a result of good; expected one of other"),
+}
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Path:
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    lines = {
+        "good": made({"tokens_over_other": [2.0, 2.5, 3.0]}, "good").model_dump_json(),
+        "skips": Skipped(name="skips", skipped="no such thing").model_dump_json(),
+    }
+    for name, code in FAKES.items():
+        (folder / f"{name}.py").write_text(code.format(**lines))
+    return folder
+
+
+def suite_of(names: Sequence[str], tmp_path: Path, fakes: Path, limit_s: float = 30.0, **more: Any) -> SuiteRun:
+    entries = [Entry(name, limit_s, limit_s) for name in names]
+    return SuiteRun(entries, Kept(tmp_path / "results"), tmp_path / "logs", scripts=fakes, grace_s=0.5, **more)
+
+
+def test_whatever_a_benchmark_does_the_others_go_on(tmp_path: Path, fakes: Path) -> None:
+    told: list[str] = []
+    run = suite_of([*FAKES, "good"], tmp_path, fakes)
+    outcomes = run.run(told.append)
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {n: s for n, (s, _) in EXPECTED.items()}
+    for name, (_, why) in EXPECTED.items():
+        assert outcomes[name].why.startswith(why), outcomes[name].why
+    assert run.kept.outcomes() == outcomes and set(run.kept.results()) == {"good"}
+    assert told[0] == "good ..." and told[-1] == "good: done after 0 s"
+    assert (tmp_path / "logs" / "fails.err").read_text() == "one\ntwo: the cause\n"
+
+
+def test_one_that_hangs_may_clean_up_and_is_ended_with_all_that_it_started(tmp_path: Path, fakes: Path) -> None:
+    (fakes / "hangs.py").write_text(
+        "import subprocess, time\n"
+        "child = subprocess.Popen(['sh', '-c', 'trap : INT; while :; do sleep 0.1; done'])\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "try:\n    time.sleep(600)\n"
+        f"except KeyboardInterrupt:\n    open({str(tmp_path / 'tidied')!r}, 'w')\n    time.sleep(600)\n"
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `&` starts us
+    try:
+        outcomes = suite_of(["hangs", "good"], tmp_path, fakes, limit_s=2.0).run(lambda line: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcomes["hangs"].status == "over" and "it took more than 2 s" in outcomes["hangs"].why
+    assert outcomes["good"].status == "done"
+    assert (tmp_path / "tidied").exists()
+    gone(int((tmp_path / "child").read_text()))
+
+
+def gone(pid: int, within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "a process of the benchmark is still there"
+        time.sleep(0.02)
+
+
+def test_all_together_have_a_limit(tmp_path: Path, fakes: Path) -> None:
+    outcomes = suite_of(["good", "skips"], tmp_path, fakes, within_s=0.1).run(lambda line: None)
+    assert {outcome.status for outcome in outcomes.values()} == {"not run"}
+    assert outcomes["good"].why == "the 0 minutes of all together were over"
+
+
+def test_old_figures_are_not_taken_for_new_ones(tmp_path: Path, fakes: Path) -> None:
+    suite_of(["good", "skips"], tmp_path, fakes).run(lambda line: None)
+    (fakes / "good.py").write_text("raise SystemExit(1)")
+    run = suite_of(["good"], tmp_path, fakes)
+    run.run(lambda line: None)
+    assert run.kept.results() == {} and run.kept.outcomes()["good"].status == "failed"
+    assert run.kept.outcomes()["skips"].status == "skipped", "what did not run now stays"
+
+
+def test_every_benchmark_gets_the_calibration(tmp_path: Path, fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "another-cluster:1")
+    show = f"import os; open({str(tmp_path / 'env')!r}, 'w').write(repr(dict(os.environ)))"
+    (fakes / "shows.py").write_text(show)
+    (fakes / "calibrate.py").write_text(f"print({made({'a_ms': [1.0]}, 'calibrate').model_dump_json()!r})")
+    for names, expected in ((["calibrate", "shows"], str(tmp_path / "results/calibrate.json")), (["shows"], None)):
+        if expected is None:
+            (tmp_path / "results" / "calibrate.json").unlink()
+        suite_of(names, tmp_path, fakes).run(lambda line: None)
+        environment = ast.literal_eval((tmp_path / "env").read_text())
+        assert environment[calibration.VARIABLE] == (expected or calibration.OFF)
+        assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT) and "RAY_ADDRESS" not in environment
+
+
+def test_the_suite_has_all_benchmarks() -> None:
+    assert {entry.name for entry in ENTRIES} == SCRIPTS - BY_HAND
+    for entry in ENTRIES:
+        source = (ROOT / "benchmarks" / f"{entry.name}.py").read_text()
+        assert '"--quick"' in source or entry.quick_s is None
+
+
+def test_a_quick_run_has_time_for_all() -> None:
+    """Their limits together exceed it, since not all reach theirs; the least that matter most are given is in it."""
+    quick = [entry.quick_s for entry in ENTRIES if entry.quick_s is not None]
+    assert sum(quick[:5]) <= QUICK_MINUTES * 60
+
+
+@pytest.mark.parametrize(("names", "status"), [(["good", "skips"], 0), (["good", "fails"], 1), (["silent"], 1)])
+def test_the_exit_status_says_how_it_went(
+    names: list[str], status: int, tmp_path: Path, fakes: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(command, "ENTRIES", [Entry(name, 30, 30) for name in FAKES])
+    monkeypatch.setattr(command, "SuiteRun", partial(SuiteRun, scripts=fakes, grace_s=0.5))
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    goals = [
+        Goal(benchmark=name, metric="tokens_over_other", says="a thing", issue=1, simulated=True, at_least=1.0)
+        for name in ("good", "another")
+    ]
+    monkeypatch.setattr(command, "load_goals", lambda: goals)
+    assert command.main(["run", "--only", *names, "--out", str(tmp_path / "out")]) == status
+    shown = capsys.readouterr().out
+    assert ("good" in names) == ("~tokens_over_other  2.5     1       1      at least 1  met" in shown)
+    assert "another" not in shown, "what was not asked for is left out"
+    if "fails" in names:
+        assert "fails: failed: exit status 7: one / two: the cause" in shown
+
+
+def test_what_runs_is_chosen() -> None:
+    names: Callable[..., list[str]] = lambda **how: [entry.name for entry in command.chosen(**how)]  # noqa: E731
+    assert names(full=False, only={"serving"}, calibrated=True) == ["calibrate", "serving"]
+    assert names(full=False, only={"staleness"}, calibrated=False) == ["staleness"]
+    assert names(full=True, only=set(), calibrated=True) == [entry.name for entry in ENTRIES]
+    assert "staleness" not in names(full=False, only=set(), calibrated=True)
+
+
+def test_bad_usage_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["compare", str(tmp_path), "--committed", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: is no folder; expected one that `make bench`" in capsys.readouterr().err
+    (tmp_path / "suite.json").write_text("{")
+    with pytest.raises(ResultError, match=r"suite.json: is not what the suite has written .*; remove it"):
+        Kept(tmp_path).outcomes()
+
+
+def test_two_runs_are_compared_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(tmp_path / name) for name in ("a", "b", "c")]
+    for folder, value in zip(folders, (1.0, 1.02, 0.5), strict=True):
+        kept(Path(folder), made({"handle_tokens_over_vllm": [value] * 3}, "serving"))
+    first, second, third = folders
+    assert command.main(["agree", first, second]) == 0
+    assert command.main(["agree", first, third]) == 1
+    assert "further apart than noise: handle_tokens_over_vllm" in capsys.readouterr().out
+    assert command.main(["compare", third, "--committed", first]) == 1
+    assert command.main(["compare", second, "--committed", first]) == 0
+
+
+# Pages
+
+
+def test_the_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of this repository: run `make bench-pages` after a change of benchmarks/results or goals.yaml."""
+    assert command.main(["pages", "--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Pages:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# A\n\n{BEGIN}\nold\n{END}\n\nMore.\n")
+    (tmp_path / "benchmarks").mkdir()
+    return Pages(readme, tmp_path / "benchmarks")
+
+
+def test_pages_are_made_of_results(pages: Pages, tmp_path: Path) -> None:
+    goals = [goal("a_over_b", at_least=1.0, readme="A over b"), goal("c_ms", at_most=1.0, simulated=True)]
+    results = kept(tmp_path / "results")
+    assert pages.out_of_date(goals, results) == [pages.page, pages.readme]
+    assert set(pages.write(goals, results)) == {pages.page, pages.readme}
+    assert "no full run is committed yet" in pages.readme.read_text()
+    assert pages.out_of_date(goals, results) == [] and pages.write(goals, results) == []
+
+    kept(results.folder, made({"a_over_b": [1.5], "c_ms": [2.0, 3.0]}, details={}))
+    results.keep("worse", Outcome(status="over", seconds=9.0, limit_s=9.0, why="too long"), None)
+    plot = pages.folder / "plots" / "goals.svg"
+    assert set(pages.out_of_date(goals, results)) == {pages.page, pages.readme, plot}
+    pages.write(goals, results)
+    readme, page, svg = pages.readme.read_text(), pages.page.read_text(), plot.read_text()
+    assert readme.startswith("# A\n") and readme.endswith("\n\nMore.\n") and "old" not in readme
+    assert "| A over b | 1.5 | 0 | at least 1 | met |" in readme and "[All goals" in readme
+    assert "| fake | a thing (simulated) | 2.5 ms | 1 | - | at most 1 ms | NOT met | 1 |" in page
+    assert "![" in page and "| worse | over | too long |" in page and "| `c_ms` | 2.5 | 1 | ms | 2 |" in page
+    assert "<svg" in svg and "fake: a_over_b" in svg
+    assert pages.out_of_date(goals, results) == []
+
+    kept(results.folder, made({"a_over_b": [1.6]}))
+    (pages.folder / "plots" / "nobody.svg").write_text("<svg/>")
+    assert set(pages.out_of_date(goals, results)) == {
+        pages.page, pages.readme, plot, pages.folder / "plots" / "nobody.svg"
+    }  # fmt: skip
+    pages.write(goals, results)
+    assert plot.read_text() != svg and not (pages.folder / "plots" / "nobody.svg").exists()
+
+
+def test_a_line_of_a_plot_is_drawn(pages: Pages, tmp_path: Path) -> None:
+    # All samples below their median as it is rounded.
+    samples = {f"{who}_tokens_per_s_{n}": [n + 0.00006] * 2 for who in ("vllm", "http") for n in (1, 8, 32)}
+    pages.write([], kept(tmp_path / "results", made(samples, "serving")))
+    svg = (pages.folder / "plots" / "serving.svg").read_text()
+    assert "plain vllm serve" in svg and "raygym, HTTP" in svg and "raygym, as episodes ask" not in svg
+
+
+def test_a_readme_without_its_marks_is_said(pages: Pages, tmp_path: Path) -> None:
+    pages.readme.write_text("# A\n")
+    with pytest.raises(ResultError, match="has no place for its figures"):
+        pages.write([], kept(tmp_path / "results"))
