@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--staleness", type=int, nargs="+", help="max_staleness, instead of 0, 1 and 2")
     parser.add_argument("--repetitions", type=int, default=3, help="of what is measured in real time")
     parser.add_argument("--measure-ray", action="store_true", help="a call's cost by a real actor, not by its constant")
+    parser.add_argument("--manager-slower", type=float, default=1.0, help="of all sizes; 0: it takes no time")
+    parser.add_argument("--learn-share", type=float, default=LEARN_SHARE, help="of a batch's least time on the engines")
     options = parser.parse_args()
     calibrate()
     staleness = options.staleness or ([1] if options.quick else [0, 1, 2])
@@ -82,7 +84,7 @@ def main() -> None:
 
     def play(gpus: int, max_staleness: int, slower: float = 1.0) -> dict[str, Any]:
         base = ClusterSetup(engine, workload, cost.times(slower), gpus, PLACES_PER_GPU, runners=runners_for(gpus))
-        setup = replace(base, max_staleness=max_staleness, learn_s=LEARN_SHARE * batch_s(base, tokens_per_s))
+        setup = replace(base, max_staleness=max_staleness, learn_s=options.learn_share * batch_s(base, tokens_per_s))
         if options.quick and gpus > SLOWED_GPUS:
             setup = replace(setup, warm_up=1, steps=1, batches_in_places=2.0)
         began_s = time.process_time()
@@ -94,12 +96,14 @@ def main() -> None:
         return row
 
     rows = [
-        play(gpus, bound)
+        play(gpus, bound, options.manager_slower)
         for bound in staleness
         for gpus in sizes
         if bound == 1 or gpus <= LARGEST_OF_ALL_BOUNDS or options.gpus
     ]
     by_itself = next((row for row in rows if (row["gpus"], row["max_staleness"]) == (SLOWED_GPUS, 1)), None)
+    if options.manager_slower != 1:
+        by_itself = None
     slowed = [by_itself or play(SLOWED_GPUS, 1)]
     slowed += [play(SLOWED_GPUS, 1, factor) for factor in (QUICK_SLOWED_BY if options.quick else SLOWED_BY)]
     for row in rows:
