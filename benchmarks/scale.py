@@ -10,8 +10,8 @@ The manager is a process that does one thing after the other, so where it has to
 is beyond 1,024 GPUs is told by a manager that is slower by a factor, beside 64 GPUs: all that its answers carry is as
 it would be with so many times the GPUs and the EnvRunners.
 
-With `--quick` of the largest size only one step, of half as many episodes as run at once, is measured after one: enough
-for the scheduler's time with 100,000 episodes in flight, not to compare its throughput with that of other sizes.
+With `--quick` of the largest size only one step, of half as many episodes as run at once, is played after one: enough
+for the scheduler's time with 100,000 episodes in flight, and not for its throughput, which is then not reported.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
-from harness import calibrate, report, rounded
+from harness import calibrate, report
 from harness.manager_cost import measure_manager, measure_ray_call
+from harness.result import rounded
 from harness.virtual_cluster import ClusterRun, ClusterSetup, batch_s, engine_alone, runners_for, simulate_cluster
 from harness.virtual_engines import MODEL, Workload, gpu_engine
 from harness.virtual_manager import ManagerCost
@@ -37,12 +38,14 @@ from raygym.actors import cluster
 
 GPUS = (1, 4, 16, 64, 256, 1024)
 QUICK_GPUS = (1, 4, 16, 64, 1024)
+LARGEST_OF_ALL_BOUNDS = 256
+"""Beyond it only `max_staleness` 1 is played, unless `--gpus` says otherwise: each takes minutes."""
 PLACES_PER_GPU = 100
 LEARN_SHARE = 0.5
 # Processor seconds of Ray in a manager's process: of a call and its answer, and of a trajectory of an episode's size in
-# it. The median of three measurements by `--measure-ray`, beside other work.
-RAY_CALL_S, RAY_TRAJECTORY_S = 880e-6, 15e-6
-SLOWED_GPUS, SLOWED_BY, QUICK_SLOWED_BY = 64, (8, 16, 32, 64, 128), (64,)
+# it. The median of three measurements by `--measure-ray`, beside other work, in a sandbox where system calls are dear.
+RAY_CALL_S, RAY_TRAJECTORY_S = 680e-6, 7e-6
+SLOWED_GPUS, SLOWED_BY, QUICK_SLOWED_BY = 64, (8, 16, 32, 64, 128), (128,)
 # Of a turn, in ms, and turns of an episode there: `cpu_ms_per_turn_*` of `rollout.py`, see docs/measurements.md.
 CPU_MS_PER_TURN = {"env_runner": 0.26, "replica": 0.08}
 
@@ -55,6 +58,8 @@ def main() -> None:
     parser.add_argument("--staleness", type=int, nargs="+", help="max_staleness, instead of 0, 1 and 2")
     parser.add_argument("--repetitions", type=int, default=3, help="of what is measured in real time")
     parser.add_argument("--measure-ray", action="store_true", help="a call's cost by a real actor, not by its constant")
+    parser.add_argument("--manager-slower", type=float, default=1.0, help="of all sizes; 0: it takes no time")
+    parser.add_argument("--learn-share", type=float, default=LEARN_SHARE, help="of a batch's least time on the engines")
     options = parser.parse_args()
     calibrate()
     staleness = options.staleness or ([1] if options.quick else [0, 1, 2])
@@ -66,7 +71,7 @@ def main() -> None:
     ray_call_s, ray_trajectory_s = RAY_CALL_S, RAY_TRAJECTORY_S
     if options.measure_ray:
         ray_call_s, ray_trajectory_s = ray_costs(tokens, options.repetitions)
-    costs = [measure_manager(ray_call_s, tokens, 1024 if options.quick else 4096) for _ in range(options.repetitions)]
+    costs = [measure_manager(ray_call_s, tokens, 2048 if options.quick else 4096) for _ in range(options.repetitions)]
     costs = [replace(cost, end_s=cost.end_s + ray_trajectory_s) for cost in costs]
     samples: dict[str, list[float]] = {
         "manager_call_ms": [cost.call_s * 1000 for cost in costs],
@@ -80,7 +85,7 @@ def main() -> None:
 
     def play(gpus: int, max_staleness: int, slower: float = 1.0) -> dict[str, Any]:
         base = ClusterSetup(engine, workload, cost.times(slower), gpus, PLACES_PER_GPU, runners=runners_for(gpus))
-        setup = replace(base, max_staleness=max_staleness, learn_s=LEARN_SHARE * batch_s(base, tokens_per_s))
+        setup = replace(base, max_staleness=max_staleness, learn_s=options.learn_share * batch_s(base, tokens_per_s))
         if options.quick and gpus > SLOWED_GPUS:
             setup = replace(setup, warm_up=1, steps=1, batches_in_places=2.0)
         began_s = time.process_time()
@@ -91,14 +96,23 @@ def main() -> None:
         print({key: rounded(value) for key, value in row.items()}, file=sys.stderr, flush=True)
         return row
 
-    rows = [play(gpus, bound) for bound in staleness for gpus in sizes]
+    rows = [
+        play(gpus, bound, options.manager_slower)
+        for bound in staleness
+        for gpus in sizes
+        if bound == 1 or gpus <= LARGEST_OF_ALL_BOUNDS or options.gpus
+    ]
     by_itself = next((row for row in rows if (row["gpus"], row["max_staleness"]) == (SLOWED_GPUS, 1)), None)
+    if options.manager_slower != 1:
+        by_itself = None
     slowed = [by_itself or play(SLOWED_GPUS, 1)]
     slowed += [play(SLOWED_GPUS, 1, factor) for factor in (QUICK_SLOWED_BY if options.quick else SLOWED_BY)]
     for row in rows:
         name = f"_{row['gpus']}_gpus" + (f"_staleness_{row['max_staleness']}" if row["max_staleness"] != 1 else "")
-        for key in ("episodes_per_s", "share_of_ideal", "staleness_mean", "manager_share_of_core", "scheduler_us"):
-            samples[key + name] = [row[key]]
+        keys = ["scheduler_us"]
+        if not (options.quick and row["gpus"] > SLOWED_GPUS):
+            keys += ["episodes_per_s", "share_of_ideal", "staleness_mean", "manager_share_of_core"]
+        samples |= {key + name: [row[key]] for key in keys}
     # The most that the slowest manager did, over what engines that wait for no manager do.
     most = slowed[-1]["episodes_per_s"] * slowed[-1]["manager_slower"]
     turns_per_s = slowed[0]["episodes_per_s"] / SLOWED_GPUS * workload.turns
