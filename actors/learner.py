@@ -136,7 +136,8 @@ class LearnerActor:
             flops=flops,
             peak_flops=self._peak_flops(),
         )
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        # Without a cluster, as in a benchmark, Ray would start one to answer this.
+        return self.weight_node() if ray.is_initialized() else "", os.getpid()
 
     @property
     def _plain_optimizer(self) -> bool:

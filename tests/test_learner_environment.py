@@ -9,7 +9,14 @@ import pytest
 from raygym.actors.learner_group import rank_environment
 from raygym.config import LearnerConfig
 
-CPU = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+NOT_CACHED = "glibc.cpu.x86_non_temporal_threshold=0x80000"
+CPU = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "GLIBC_TUNABLES": NOT_CACHED}
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLIBC_TUNABLES", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -24,3 +31,15 @@ CPU = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
 )
 def test_the_drivers_cores_say_nothing_of_learners_on_gpus(changes: dict[str, Any], expected: dict[str, str]) -> None:
     assert rank_environment(LearnerConfig(**changes), cores=8) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("glibc.malloc.tcache_count=0", f"glibc.malloc.tcache_count=0:{NOT_CACHED}"),
+        ("glibc.cpu.x86_non_temporal_threshold=0x4040", "glibc.cpu.x86_non_temporal_threshold=0x4040"),
+    ],
+)
+def test_what_somebody_has_set_stays(given: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+    assert rank_environment(LearnerConfig(), cores=8)["GLIBC_TUNABLES"] == expected
