@@ -146,7 +146,9 @@ class TestLocalDirectory:
 
 
 @pytest.mark.parametrize("model", ["", "smollm", "/no/such/dir", "a/b/c", "../x"])
-def test_anything_else_lists_what_is_accepted(model):
+def test_anything_else_lists_what_is_accepted(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ModelError) as error:
         resolve_policy(model)
     for form in ("local directory", "Hugging Face id", "smollm2-135m-instruct", "tiny-tied"):
