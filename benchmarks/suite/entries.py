@@ -37,7 +37,7 @@ ENTRIES = (
     Entry("rollout", 300, 3600, quick=("--quick", "--only", "64", "1024", "overhead")),
     Entry("learner", 240, 5400),
     Entry("weight_sync", 150, 1800),
-    Entry("end_to_end", 300, 3000),
+    Entry("end_to_end", 420, 3000),
     Entry("scale", 150, 1200),
     Entry("nemo_gym", 180, 1800),
     Entry("environments", 90, 300),
