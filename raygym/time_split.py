@@ -23,6 +23,7 @@ _MEASURED_STEPS = 2
 _MOST_TURNS = 1500
 """Of one simulated step. A run that has more is simulated with fewer engines, and with their share of its episodes."""
 _NOTHING = np.zeros(0, np.int32)
+_SAMPLING = Sampling()
 _TOKEN_IDS = 2**15
 """Drawn below it; only which are equal matters."""
 
@@ -281,11 +282,14 @@ class _Play:
         del self._playing[assignment]
         self.longest_episode_s = max(self.longest_episode_s, self.now_s - episode.began_s)
         self._lengths[assignment.group_id, assignment.episode] = len(request.token_ids)
-        self._scheduler.finish(assignment, _finished(assignment))
+        self._scheduler.finish(assignment, finished_episode(assignment))
 
 
-def _finished(assignment: Assignment) -> Trajectory:
-    """An episode that came to its end; rewards differ within a group, so that none is replaced."""
+def finished_episode(assignment: Assignment, metrics: dict[str, float] | None = None) -> Trajectory:
+    """A simulated episode that came to its end, without tokens; rewards differ within a group, so none is replaced.
+
+    `metrics`: what is asked of it later.
+    """
     return Trajectory(
         task=assignment.task,
         group_id=assignment.group_id,
@@ -299,5 +303,6 @@ def _finished(assignment: Assignment) -> Trajectory:
         turns=(),
         reward=float(assignment.episode % 2),
         messages=(),
-        sampling=Sampling(),
+        sampling=_SAMPLING,
+        metrics=metrics or {},
     )

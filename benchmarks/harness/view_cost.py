@@ -7,6 +7,7 @@ import pty
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
@@ -49,9 +50,7 @@ def view_share(rows: Sequence[Mapping[str, Any]], draws: int = 200) -> float:
 
 def _drain(reader: int) -> None:
     """Read until the other end is closed, which Linux tells by an error."""
-    try:
+    with suppress(OSError):
         while os.read(reader, 2**16):
-            pass
-    except OSError:
-        pass
+            continue
     os.close(reader)

@@ -15,19 +15,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from harness.virtual_engines import PlayedEpisode, VirtualEngines
 from harness.virtual_time import VirtualTime
 from raygym.schedule import Assignment, Collected, Scheduler
-from raygym.types import EpisodeStatus, Sampling, Trajectory
+from raygym.time_split import finished_episode
+from raygym.types import Trajectory
 
 AHEAD = 0.25
 """As the RolloutManager's."""
 CALL_WAY_S = 0.001
 """Of a remote call or its answer, from process to process; assumed."""
-_NOTHING = np.zeros(0, np.int32)
-_SAMPLING = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,22 +225,9 @@ class VirtualManager:
 
 
 def _trajectory(episode: PlayedEpisode) -> Trajectory:
-    """An episode that came to its end, without its tokens; what is asked of it later is in `metrics`."""
-    assignment = episode.assignment
-    return Trajectory(
-        task=assignment.task,
-        group_id=assignment.group_id,
-        episode=assignment.episode,
-        attempt=assignment.attempt,
-        status=EpisodeStatus.TERMINATED,
-        token_ids=_NOTHING,
-        loss_mask=_NOTHING.astype(np.bool_),
-        logprobs=_NOTHING.astype(np.float32),
-        weight_versions=_NOTHING,
-        turns=(),
-        reward=float(assignment.episode % 2),
-        messages=(),
-        sampling=_SAMPLING,
+    """An episode that came to its end; what is asked of it later is in `metrics`."""
+    return finished_episode(
+        episode.assignment,
         metrics={
             "began_s": episode.began_s,
             "ended_s": episode.ended_s,
