@@ -20,6 +20,7 @@ from ray.util.collective import types
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 
 from raygym.bound_store import bound_store, listen
+from raygym.weights import CollectiveTimeout
 
 # Typed as Any: the stubs of torch.distributed lack the store and process-group classes that it exports.
 dist: Any = torch.distributed
@@ -31,10 +32,6 @@ _REDUCE_OPS = {
     types.ReduceOp.MIN: dist.ReduceOp.MIN,
     types.ReduceOp.MAX: dist.ReduceOp.MAX,
 }
-
-
-class CollectiveTimeout(TimeoutError):
-    """A member of the group did not show up or did not take part in time."""
 
 
 class GlooGroup(BaseGroup):

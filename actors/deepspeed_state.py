@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raygym.learner_state import LearnerStateError, TrainState
+from raygym.errors import LearnerStateError
+from raygym.learner_state import TrainState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from transformers import AutoTokenizer
 
 from raygym.actors.env_process import EnvProcesses
 from raygym.actors.process import settle_process
@@ -96,6 +95,9 @@ class EnvRunner:
         self._episodes: dict[asyncio.Task[Any], int] = {}
         self._first_attempt = 0
         self._asked = EpisodeServer(self._run_asked)
+        # It takes seconds, with PyTorch; the driver needs only this class.
+        from transformers import AutoTokenizer
+
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         self._parser = tool_parser(parser, model_dir)
         self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()

@@ -1,4 +1,4 @@
-"""One DeepSpeed rank as a Ray actor, the `TrainEngine` of a `PolicyUpdate`. The only file that imports deepspeed."""
+"""One DeepSpeed rank, the `TrainEngine` of a `PolicyUpdate`. The only file that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym.actors.deepspeed_state import deepspeed_state
-from raygym.actors.weight_sender import SentVersion, WeightSender, take_part
+from raygym.actors.weight_sender import WeightSender, take_part
 from raygym.bound_store import Rendezvous, bound_store, listen
 from raygym.build_locks import remove_stale_locks
 from raygym.config import LearnerConfig
@@ -35,16 +35,17 @@ from raygym.packing import MicroBatch
 from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import Packing, choose_packing
 from raygym.policy_weights import policy_weights
+from raygym.sent_version import SentVersion
 from raygym.testing import chaos
-from raygym.types import Float32Array, TrainSequence
-from raygym.update import LearnStats, PolicyUpdate, Reference
+from raygym.types import Float32Array, LearnStats, TrainSequence
+from raygym.update import PolicyUpdate, Reference
 from raygym.weight_slots import OpenSlots
 from raygym.weights import Manifest, Sending, WeightsError, plan_manifest
 
 logger = logging.getLogger(__name__)
 
 
-class LearnerActor:
+class Learner:
     """A rank of the gang. `setup` before anything else, on all ranks at once; so are all methods that say so."""
 
     def __init__(
@@ -65,10 +66,6 @@ class LearnerActor:
         self._sender: WeightSender | None = None
         self._listening: socket.socket | None = None
         self._device = torch.device("cuda" if config.gpus_per_learner else "cpu")
-
-    def ping(self) -> int:
-        """The rank."""
-        return self.rank
 
     def rendezvous(self) -> Rendezvous:
         """Where rank 0 of the gang listens, on this node's address; asked of it alone."""
@@ -97,7 +94,7 @@ class LearnerActor:
         )
         if not config.gpus_per_learner:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        # Imported here: it takes seconds, the driver needs only this class, and it picks its accelerator on import.
+        # Imported here: it picks its accelerator on import.
         # DeepSpeed looks for ninja on the PATH; last, since another version of ninja would compile everything again.
         os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
         remove_stale_locks(use_own_folder())

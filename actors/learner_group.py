@@ -12,15 +12,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from raygym.actors.learner import LearnerActor
+from raygym.actors.learner_actor import LearnerActor, ask
 from raygym.actors.learner_placement import LearnerPlacement, PlacementError
 from raygym.actors.ray_errors import cause
-from raygym.actors.weight_sender import SentVersion
 from raygym.config import LearnerConfig
-from raygym.learner_state import LearnerStateError
+from raygym.errors import LearnerStateError
 from raygym.process_end import wait_ended
-from raygym.types import Float32Array, TrainSequence
-from raygym.update import LearnStats
+from raygym.sent_version import SentVersion
+from raygym.types import Float32Array, LearnStats, TrainSequence
 from raygym.weights import Manifest, Sending
 
 logger = logging.getLogger(__name__)
@@ -49,8 +48,8 @@ class LearnerGroup:
         self.config = config
         self._launched = time.monotonic()
         # Ray resolves the rendezvous before it calls setup, so the whole start runs without the driver.
-        rendezvous = actors[0].rendezvous.remote()
-        self._ready = [actor.setup.remote(rendezvous) for actor in actors]
+        rendezvous = ask(actors[0], "rendezvous")
+        self._ready = [ask(actor, "setup", rendezvous) for actor in actors]
         # Ranks must get calls in the same order, also from two threads: in them they wait for each other.
         self._submitting = threading.Lock()
         self._processes: list[tuple[str, int]] = []
@@ -86,7 +85,7 @@ class LearnerGroup:
         self._processes = self._collect(self._ready, "setup", max(0.0, deadline - time.monotonic()))
 
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
-        """One step's optimizer updates; see `LearnerActor.update`."""
+        """One step's optimizer updates; see `Learner.update`."""
         stats: LearnStats = self.call_all("update", ray.put(list(sequences)), timeout_s=self.config.update_timeout_s)[0]
         return stats
 
@@ -113,7 +112,7 @@ class LearnerGroup:
         self.call_all("save_hf", path, timeout_s=self.config.update_timeout_s)
 
     def save_state(self, path: str) -> None:
-        """Write what is needed to go on, to a folder that rank 0's node reaches; see `LearnerActor.save_state`."""
+        """Write what is needed to go on, to a folder that rank 0's node reaches; see `Learner.save_state`."""
         self.call_all("save_state", path, timeout_s=self.config.update_timeout_s)
 
     def load_state(self, path: str) -> None:
@@ -137,7 +136,7 @@ class LearnerGroup:
         sending: Sending,
         timeout_s: float,
     ) -> SentVersion:
-        """Rank 0 sends buckets of the current weights; see `LearnerActor.publish_weights`."""
+        """Rank 0 sends buckets of the current weights; see `Learner.publish_weights`."""
         arguments = (manifest, slot, buckets, sending, timeout_s)
         calls = self._submit("publish_weights", arguments, self.weight_ranks)
         # Rank 0 finds out first who was late: only its own error tells that it was no learner.
@@ -146,7 +145,7 @@ class LearnerGroup:
 
     def call_first(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method on rank 0 only. Raises as `call_all` does."""
-        return self._collect([getattr(self.actors[0], method).remote(*args)], method, timeout_s)[0]
+        return self._collect([ask(self.actors[0], method, *args)], method, timeout_s)[0]
 
     def check_alive(self) -> None:
         """Find out, without waiting, whether a rank was lost while nothing was asked of it. Call it now and then.
@@ -175,7 +174,7 @@ class LearnerGroup:
 
     def _submit(self, method: str, args: tuple[Any, ...], ranks: int) -> list[Any]:
         with self._submitting:
-            return [getattr(actor, method).remote(*args) for actor in self.actors[:ranks]]
+            return [ask(actor, method, *args) for actor in self.actors[:ranks]]
 
     def _collect(self, references: list[Any], method: str, timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
@@ -207,7 +206,7 @@ class LearnerGroup:
 
     def shutdown(self) -> None:
         """Let the ranks leave their process group, then end their processes, those that hang too."""
-        closing = [actor.close.remote() for actor in self.actors]
+        closing = [ask(actor, "close") for actor in self.actors]
         ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
         for actor in self.actors:
             ray.kill(actor)

@@ -13,15 +13,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from raygym.actors.collective import CollectiveTimeout
 from raygym.actors.learner_group import LearnerError, LearnerGroup
 from raygym.actors.ray_errors import cause
 from raygym.actors.weight_health import WeightHealth
-from raygym.actors.weight_sender import SentVersion
 from raygym.actors.weight_store import start_store
 from raygym.backoff import Backoff
+from raygym.sent_version import SentVersion
 from raygym.supervision import Kind
-from raygym.weights import Manifest, Sending, WeightsError
+from raygym.weights import CollectiveTimeout, Manifest, Sending, WeightsError
 
 logger = logging.getLogger(__name__)
 # Longer than a process takes to start on a machine that is busy with the start of engines and learners.

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
-from raygym.actors.collective import CollectiveTimeout, broadcast_bytes, join_group, leave_group
+from raygym.actors.collective import broadcast_bytes, join_group, leave_group
 from raygym.delta_sending import encode_in_place
+from raygym.sent_version import SentVersion
 from raygym.testing import chaos
 from raygym.weight_checksums import Bytes, SummedCopy, sum_up
-from raygym.weight_delta import DeltaSummary, EncodedBucket, summarize
 from raygym.weight_slots import OpenSlots
-from raygym.weights import Bucket, Manifest, Sending, TensorSpec
+from raygym.weights import Bucket, CollectiveTimeout, Manifest, Sending, TensorSpec
 
 IterWeights = Callable[[list[str]], Iterator[tuple[str, torch.Tensor]]]
 """Names of one bucket -> (name, whole tensor), valid until all were asked for; under ZeRO-3 every rank must iterate it.
@@ -24,33 +23,6 @@ IterWeights = Callable[[list[str]], Iterator[tuple[str, torch.Tensor]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _WHOLE = Sending()
-
-
-@dataclass(slots=True)
-class SentVersion:
-    """What learner 0 sent."""
-
-    checksums: dict[str, int] = field(default_factory=dict)
-    """Of each tensor."""
-    updates: int = 0
-    """That the weights have seen."""
-    delta: list[EncodedBucket] = field(default_factory=list)
-    """By bucket, of a version that goes as what changed; without the data."""
-    sent_nbytes: int = 0
-    """Of them, to each other node."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """In `gather`, `write`, `encode` and `broadcast`; the last runs beside the others."""
-
-    def summary(self) -> DeltaSummary | None:
-        """Of a version that went as what changed."""
-        return replace(summarize(self.delta), nbytes=self.sent_nbytes) if self.delta else None
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the time of the block to a part."""
-        started = time.monotonic()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
 
 
 class WeightSender:

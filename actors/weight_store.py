@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raygym.actors.collective import broadcast_bytes, join_group, leave_group
 from raygym.delta_sending import apply_to_copy
 from raygym.weight_slots import WeightSlots
 from raygym.weights import Manifest, WeightsError, safetensors_header
@@ -50,9 +50,10 @@ class WeightStore:
 
     def join(self, group_name: str, rank: int, world_size: int, timeout_s: float) -> None:
         """Become a member of the weight group, in place of any other. Raises CollectiveTimeout."""
-        leave_group(self._group)
+        collective = _collective()
+        collective.leave_group(self._group)
         self._group = ""
-        join_group(group_name, rank, world_size, timeout_s)
+        collective.join_group(group_name, rank, world_size, timeout_s)
         self._group = group_name
 
     def receive(self, slot: int, buckets: Sequence[int], delta: bool = False) -> None:
@@ -67,19 +68,19 @@ class WeightStore:
         Raises:
             CollectiveTimeout: the sender or another member is gone or late.
         """
-        # torch takes a second to import, and the store of the only node of a run never needs it.
         import torch
 
+        collective = _collective()
         data = torch.frombuffer(self._slots.data(slot), dtype=torch.uint8)
         for number in buckets:
             bucket = self._manifest.buckets[number]
             if not delta:
-                broadcast_bytes(data[bucket.start : bucket.end], self._group)
+                collective.broadcast_bytes(data[bucket.start : bucket.end], self._group)
                 continue
             length = torch.empty(8, dtype=torch.uint8)
-            broadcast_bytes(length, self._group)
+            collective.broadcast_bytes(length, self._group)
             message = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
-            broadcast_bytes(message, self._group)
+            collective.broadcast_bytes(message, self._group)
             held, into = (self._slots.data(which)[bucket.start : bucket.end] for which in (1 - slot, slot))
             try:
                 apply_to_copy(message.numpy().data, held, into, self._manifest.dtype)
@@ -100,6 +101,13 @@ class WeightStore:
         for start in range(0, self._manifest.nbytes, _PULL_BYTES):
             end = min(start + _PULL_BYTES, self._manifest.nbytes)
             data[start:end] = ray.get(other.read.remote(slot, start, end), timeout=timeout_s)
+
+
+def _collective() -> ModuleType:
+    """Of it, PyTorch takes a second to import; the driver, and the store of a run's only node, never need it."""
+    from raygym.actors import collective
+
+    return collective
 
 
 def start_store(node: str, manifest: Manifest) -> Any:

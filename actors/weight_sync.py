@@ -14,10 +14,10 @@ from raygym.actors.learner_group import LearnerError, LearnerGroup
 from raygym.actors.replicas import Replicas
 from raygym.actors.store_group import StoreGroup
 from raygym.actors.weight_health import WeightHealth
-from raygym.actors.weight_sender import SentVersion
 from raygym.config import SyncConfig
 from raygym.lease import LeaseBook, ReplicaState
 from raygym.replica_weights import Applied
+from raygym.sent_version import SentVersion
 from raygym.weight_checksums import model_checksum
 from raygym.weights import (
     Manifest,

@@ -9,3 +9,7 @@ class RaygymError(Exception):
 
 class RunFailed(RaygymError):
     """A run began and did not come to its end. The text is its cause, in one line or a few."""
+
+
+class LearnerStateError(ValueError):
+    """A saved state of the learners is not one of this policy. The text says how they differ."""

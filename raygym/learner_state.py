@@ -20,15 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raygym.errors import LearnerStateError
 from raygym.testing import chaos
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 _INDEX = "learner.json"
 _FORMAT = 1
-
-
-class LearnerStateError(ValueError):
-    """A saved state is not one of this policy. The text says how they differ."""
 
 
 class TrainState(Protocol):

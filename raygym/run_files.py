@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ from raygym.config_file import dump_config
 from raygym.durable import sync_file
 from raygym.event_log import EventLog
 from raygym.full_disk import DiskPatience, append_whole
-from raygym.histogram import Histogram
 from raygym.resume import ResumePoint, checkpoint_store
 from raygym.run_cut import cut_lines, discard_folder, move_into
 from raygym.run_row import Row, json_row, parsed_row, scalars
@@ -29,6 +27,9 @@ from raygym.schedule import Collected
 from raygym.supervision import PartEvent
 from raygym.types import BoolArray, Float32Array, Trajectory
 from raygym.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from raygym.tracking.tensorboard_events import TensorBoardEvents
 
 LearnedLogprobs = tuple[Float32Array | None, BoolArray]
 """Of one trajectory, T logprobs that the learner computed (None: it computed none), and which tokens it trained."""
@@ -89,7 +90,7 @@ class RunFiles:
         self._keep_trajectories = config.logging.trajectories
         self._rows: dict[int, Row] = {}
         self._held: HeldRow | None = None
-        self._tensorboard: Any = None
+        self._tensorboard: TensorBoardEvents | None = None
         self._follower: Callable[[int, Row], None] | None = None
         if resumed is None:
             self.moved_to = move_aside(self.path)
@@ -158,7 +159,7 @@ class RunFiles:
             self.scores[step] = float(score)
         if self._tensorboard is not None:
             try:
-                _show_row(self._tensorboard, step, row)
+                self._tensorboard.show(step, row)
             except OSError as error:
                 self._tensorboard = None
                 self._told(f"TensorBoard's files cannot be written ({error}) and end here; metrics.jsonl has all rows")
@@ -373,31 +374,8 @@ def move_aside(path: Path) -> Path | None:
     return target
 
 
-def _show_row(tensorboard: Any, step: int, row: Row) -> None:
-    for name, value in row.items():
-        if isinstance(value, Histogram):
-            _add_histogram(tensorboard, name, value, step)
-        elif value is not None and not isinstance(value, str):
-            tensorboard.add_scalar(name, value, step)
-    tensorboard.flush()
+def _tensorboard(path: Path) -> TensorBoardEvents:
+    # It takes a quarter of a second to import, and is optional.
+    from raygym.tracking.tensorboard_events import TensorBoardEvents
 
-
-def _add_histogram(tensorboard: Any, name: str, histogram: Histogram, step: int) -> None:
-    tensorboard.add_histogram_raw(
-        name,
-        min=histogram.low,
-        max=histogram.high,
-        num=sum(histogram.counts),
-        sum=histogram.total,
-        sum_squares=histogram.squares,
-        bucket_limits=[*histogram.edges, sys.float_info.max],
-        bucket_counts=list(histogram.counts),
-        global_step=step,
-    )
-
-
-def _tensorboard(path: Path) -> Any:
-    # TensorBoard's writer takes a second to import and is optional.
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    return SummaryWriter(str(path / "tensorboard"))
+    return TensorBoardEvents(path / "tensorboard")

@@ -200,6 +200,10 @@ class Group:
         return [t.reward for t in self.trajectories]
 
 
+LearnStats = dict[str, float]
+"""What a step's updates amount to, by name; see `PolicyUpdate.run`."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
     """What a learner needs of one trajectory: T tokens, which of them train, and with what advantages."""

@@ -24,14 +24,14 @@ from raygym.learning_rate import learning_rate
 from raygym.model_flops import ModelFlops
 from raygym.packing import MicroBatch
 from raygym.policy_packing import ROWS, Packing
-from raygym.types import Float32Array, TrainSequence
-from raygym.update_statistics import LearnStats, UpdateStatistics
+from raygym.types import Float32Array, LearnStats, TrainSequence
+from raygym.update_statistics import UpdateStatistics
 
 ComputeLogprobs = Callable[[MicroBatch], tuple[Tensor, Tensor]]
 Reference = Callable[[MicroBatch, float], tuple[Tensor, Tensor]]
 """The starting policy: what `TokenLogprobs` gives for a micro-batch and a temperature."""
 
-__all__ = ["LearnStats", "PolicyUpdate", "TrainEngine"]
+__all__ = ["PolicyUpdate", "TrainEngine"]
 
 
 class TrainEngine(Protocol):

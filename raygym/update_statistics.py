@@ -16,9 +16,7 @@ from raygym.algorithms.losses import k3_kl
 from raygym.algorithms.objective import Objective
 from raygym.model_flops import ModelFlops
 from raygym.packing import MicroBatch
-
-LearnStats = dict[str, float]
-"""What `PolicyUpdate.run` returns."""
+from raygym.types import LearnStats
 
 # Float64 each. "sampled": of the first mini-batch, whose weights may be the ones that sampled.
 _SUMS = (

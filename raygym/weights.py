@@ -25,6 +25,10 @@ class WeightsError(RuntimeError):
     """Weights that must not be served: a name, a shape or a checksum is not what was expected."""
 
 
+class CollectiveTimeout(TimeoutError):
+    """A member of the weight group did not show up or did not take part in time."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsId:
     """Which weights: the number of a version may be given twice, where a run went back to a checkpoint."""

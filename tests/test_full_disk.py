@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ from raygym.schedule import SchedulerState
 from raygym.supervision import Kind, PartEvent, What
 from raygym.testing import chaos
 from raygym.testing.chaos import Fault, Plan
+from raygym.tracking.tensorboard_events import TensorBoardEvents
 from raygym.whole_file import write_whole
 
 
@@ -361,7 +362,7 @@ def test_closing_tries_the_held_row_once_and_hides_nothing(tmp_path: Path) -> No
     told: list[str] = []
     files = run_files(tmp_path, told, 300)
     files.hold(1, {"reward/mean": 1.0})
-    files._tensorboard = Unclosable()
+    files._tensorboard = cast(TensorBoardEvents, Unclosable())
     with chaos.active(Plan((Fault("disk.append", "fill_disk", hit=1, hits=9),)), tmp_path / "fired"):
         files.close()
     assert not (tmp_path / "t/metrics.jsonl").read_bytes()
@@ -373,7 +374,7 @@ def test_closing_tries_the_held_row_once_and_hides_nothing(tmp_path: Path) -> No
 
 
 class Unclosable:
-    add_scalar = flush = staticmethod(lambda *args: None)
+    show = staticmethod(lambda *args: None)
 
     def close(self) -> None:
         raise OSError("x")

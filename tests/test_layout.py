@@ -52,6 +52,14 @@ def test_only_the_command_line_reaches_into_the_ray_layer(path):
         assert not reached, [node.lineno for node in reached]
 
 
+@pytest.mark.ray
+def test_the_driver_loads_no_pytorch():
+    # Everybody waits for it, and it only names the classes of its actors.
+    code = "import sys, raygym.actors.runs, raygym.actors.rollout_command; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 @only_long
 def test_importing_the_pure_modules_loads_no_engine():
     names = [module_name(path) for path in PURE if path.name != "__main__.py"]

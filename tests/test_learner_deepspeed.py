@@ -30,8 +30,8 @@ from test_learner import (
 from tiers import only_long
 
 from raygym.actors.deepspeed_state import deepspeed_state
+from raygym.errors import LearnerStateError
 from raygym.learner_config import LoraConfig
-from raygym.learner_state import LearnerStateError
 from raygym.models import resolve_policy
 from raygym.policy_weights import policy_weights
 from raygym.types import TrainSequence

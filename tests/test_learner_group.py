@@ -12,7 +12,7 @@ from raygym.actors import learner_group
 from raygym.actors.learner_group import LearnerError, LearnerGroup
 from raygym.actors.learner_placement import LearnerPlacement
 from raygym.config import LearnerConfig
-from raygym.learner_state import LearnerStateError
+from raygym.errors import LearnerStateError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
 
@@ -27,11 +27,11 @@ class Rank:
         self.hangs = self.killed = False
 
     def __getattr__(self, method: str) -> Any:
-        def remote(*_: Any) -> tuple[Rank]:
-            self.asked.append(method)
+        def remote(*args: Any) -> tuple[Rank]:
+            self.asked.append(args[0] if method == "call" else method)
             return (self,)
 
-        return SimpleNamespace(remote=remote)
+        return SimpleNamespace(remote=remote, options=lambda name: SimpleNamespace(remote=remote))
 
 
 class FakeRay:

@@ -18,7 +18,7 @@ from raygym.actors.session import Session
 from raygym.actors.supervisor import Supervisor
 from raygym.config import RunConfig
 from raygym.console import RunConsole
-from raygym.learner_state import LearnerStateError
+from raygym.errors import LearnerStateError
 from raygym.rollout_state import RolloutState
 from raygym.run_files import RunFiles
 from raygym.schedule import Collected, RolloutStopped

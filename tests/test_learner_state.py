@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from raygym.learner_state import KINDS, Gang, LearnerStateError, load_learner_state, save_learner_state
+from raygym.errors import LearnerStateError
+from raygym.learner_state import KINDS, Gang, load_learner_state, save_learner_state
 
 ALONE = Gang()
 

@@ -14,8 +14,9 @@ from test_resume_point import config_of, resumed_at, save
 
 from raygym.checkpoint import CheckpointStore
 from raygym.config import ConfigError, RunConfig
+from raygym.errors import LearnerStateError
 from raygym.file_manifest import read_manifest, write_manifest
-from raygym.learner_state import LearnerStateError, load_learner_state, save_learner_state
+from raygym.learner_state import load_learner_state, save_learner_state
 from raygym.models import ModelError, resolve_policy, stop_token_ids
 from raygym.resume import checkpoint_store
 from raygym.rollout_store import Request, RolloutStore

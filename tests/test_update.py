@@ -20,8 +20,8 @@ from raygym.config import LearnerConfig
 from raygym.packing import pack
 from raygym.policy_model import TokenLogprobs
 from raygym.policy_packing import FOREST, ROWS, Packing
-from raygym.types import TrainSequence
-from raygym.update import LearnStats, PolicyUpdate
+from raygym.types import LearnStats, TrainSequence
+from raygym.update import PolicyUpdate
 
 TEMPERATURE = 0.8
 LENGTHS = [32, 25, 40, 29, 36, 27, 31, 23]

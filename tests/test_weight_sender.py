@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from raygym.actors import weight_sender
-from raygym.actors.collective import CollectiveTimeout
 from raygym.actors.weight_sender import WeightSender
 from raygym.version_file import file_checksums
 from raygym.weight_slots import OpenSlots, WeightSlots
-from raygym.weights import Manifest, Sending, plan_manifest, safetensors_header
+from raygym.weights import CollectiveTimeout, Manifest, Sending, plan_manifest, safetensors_header
 
 pytestmark = [pytest.mark.ray]
 

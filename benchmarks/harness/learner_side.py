@@ -11,7 +11,7 @@ import numpy as np
 from harness.learn_rollouts import Rollouts
 from harness.learn_settings import LearnSettings
 from harness.step_server import StepServer
-from raygym.actors.learner import LearnerActor
+from raygym.actors.learner import Learner
 from raygym.algorithms.advantages import ADVANTAGES
 from raygym.config import LearnerConfig
 from raygym.types import TrainSequence
@@ -22,7 +22,7 @@ def main() -> None:
     server, settings = StepServer(), LearnSettings.from_json(sys.argv[1])
     rollouts = Rollouts.load(Path(settings.rollouts))
     advantages = np.concatenate(ADVANTAGES[settings.advantage](np.split(np.array(rollouts.rewards), groups(rollouts))))
-    learner = LearnerActor(0, 1, settings.model_dir, learner_config(settings), settings.temperature)
+    learner = Learner(0, 1, settings.model_dir, learner_config(settings), settings.temperature)
     learner.setup(learner.rendezvous())
     while True:
         server.wait()

@@ -13,10 +13,10 @@ import ray
 
 from raygym.actors import cluster, serving
 from raygym.actors.learner_group import LearnerGroup
-from raygym.actors.weight_sender import SentVersion
 from raygym.actors.weight_store import start_store
 from raygym.actors.weight_sync import WeightSync
 from raygym.config import HttpConfig, LearnerConfig, PolicyConfig, SyncConfig
+from raygym.sent_version import SentVersion
 from raygym.weights import Manifest, Published, Sending, WeightsId
 
 _TIMEOUT_S = 120.0

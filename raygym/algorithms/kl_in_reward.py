@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from raygym.algorithms.advantages import EPSILON
-from raygym.algorithms.losses import KL_ESTIMATORS
 from raygym.types import Float32Array
 
 
@@ -30,6 +28,11 @@ def kl_penalties(
         coefficient: `learner.kl_coef`.
         estimator: of `KL_ESTIMATORS`.
     """
+    # The driver computes this, and needs PyTorch for nothing else.
+    import torch
+
+    from raygym.algorithms.losses import KL_ESTIMATORS
+
     values = KL_ESTIMATORS[estimator](
         torch.as_tensor(np.asarray(behaviour_T, np.float64)), torch.as_tensor(np.asarray(reference_T, np.float64))
     )

@@ -1,0 +1,39 @@
+"""The Ray actor of one learner's rank: a shell, so that the driver, which names its class, need not import PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raygym.config import LearnerConfig
+
+
+class LearnerActor:
+    """A rank of the gang. What `Learner` does, by its methods' names."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        model_dir: str,
+        config: LearnerConfig,
+        temperature: float,
+        total_updates: int | None = None,
+    ) -> None:
+        """The arguments are those of `Learner`."""
+        # It takes seconds, and this process is not the one that everybody waits for.
+        from raygym.actors.learner import Learner
+
+        self._learner = Learner(rank, world_size, model_dir, config, temperature, total_updates)
+
+    def ping(self) -> int:
+        """A sign of life: the rank."""
+        return self._learner.rank
+
+    def call(self, method: str, *args: Any) -> Any:
+        """What the method of `Learner` returns or raises."""
+        return getattr(self._learner, method)(*args)
+
+
+def ask(actor: Any, method: str, *args: Any) -> Any:
+    """Have a `LearnerActor` do it, under the method's own name in Ray's lists of tasks. Returns Ray's reference."""
+    return actor.call.options(name=f"{LearnerActor.__name__}.{method}").remote(method, *args)
