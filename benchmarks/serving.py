@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
 import os
 import subprocess
 import sys
@@ -15,24 +14,19 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from statistics import median
 
 import httpx
 import numpy as np
 from harness import calibrate, report
-from transformers import AutoTokenizer
+from harness.turn_prompts import turn_prompts
 
 from raygym.actors import cluster, serving
 from raygym.actors.policy_server import DEPLOYMENT
 from raygym.actors.turn_exchange import TurnExchange
-from raygym.api.call import Call
-from raygym.api.history import KnownHistories
-from raygym.api.sessions import SessionStore
-from raygym.chat import ChatRenderer
 from raygym.config import PolicyConfig
 from raygym.models import resolve_policy
-from raygym.types import Generation, Message, Sampling
+from raygym.types import Sampling
 
 PROMPT, ANSWER = 64, 32
 # No prefix cache: two of the paths share an engine, and the second would find the first one's prompts in it.
@@ -59,7 +53,7 @@ def main() -> None:
         # The worst level, by its median: single repetitions differ by a quarter on a shared machine.
         medians = [median(samples[f"{path}_tokens_over_vllm_{level}"]) for level in options.levels]
         samples[f"{path}_tokens_over_vllm"] = [min(medians)]
-    samples["render_turn_100_over_10"] = [render_ratio() for _ in range(3)]
+    samples |= turn_prompts(options.model)
     report(
         "serving", samples, config=f"{options.model}, {PROMPT} prompt tokens, up to {ANSWER} answer tokens, 1 replica"
     )
@@ -201,30 +195,6 @@ def raygym_serve(config: PolicyConfig, model_dir: str) -> Iterator[tuple[str, st
     finally:
         serving.undeploy("benchmark")
         cluster.disconnect()
-
-
-def render_ratio(repeats: int = 50) -> float:
-    """What preparing the prompt of turn 100 of a session costs, over turn 10."""
-    renderer = ChatRenderer(AutoTokenizer.from_pretrained(resolve_policy("smollm2-135m-instruct")))
-    store, known = SessionStore("benchmark"), KnownHistories()
-    session = store.create("train", {})
-    messages: list[Message] = [{"role": "user", "content": "Guess my number from 1 to 20."}]
-    costs: dict[int, float] = {}
-    for turn in range(1, 101):
-        call = Call("chat", known, session=session, store=store)
-        timed = repeats if turn in (10, 100) else 1
-        # Parsed anew by every request, as over HTTP.
-        parsed = [copy.deepcopy(messages) for _ in range(timed)]
-        started = time.perf_counter()
-        for history in parsed:
-            call.chat_prompt(history, lambda: renderer, partial(renderer.render_initial, history))
-        costs[turn] = (time.perf_counter() - started) / timed
-        ids = np.asarray([40, 41, 2], np.int32)
-        call.replace(Generation(ids, np.zeros(3, np.float32), np.zeros(3, np.int32), "stop"))
-        answer = {"role": "assistant", "content": f"answer {turn}"}
-        call.finish(answer)
-        messages += [answer, {"role": "user", "content": "Higher. Try again with another number."}]
-    return costs[100] / costs[10]
 
 
 if __name__ == "__main__":
