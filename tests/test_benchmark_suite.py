@@ -376,6 +376,56 @@ def test_only_what_can_be_compared_is(tmp_path: Path) -> None:
     assert not found.bad and not found.compared and "not compared, since their configs differ: fake" in found.text
 
 
+def test_a_wide_noise_does_not_hide_that_all_is_lost(tmp_path: Path) -> None:
+    """One sample and half of the value as noise are 1.25 of it, and no ratio can fall by more than itself."""
+    goals = [goal("a_over_b", at_least=1.0, noise=0.5)]
+    before = kept(tmp_path / "old", made({"a_over_b": [2.0]}))
+    for now, bad in ((1.0, []), (0.8, ["a_over_b"]), (0.0, ["a_over_b"])):
+        found = compare(goals, before, kept(tmp_path / f"{now}", made({"a_over_b": [now]})))
+        assert found.bad == bad, now
+
+
+def test_two_runs_agree_whichever_is_named_first(tmp_path: Path) -> None:
+    goals = [goal("a_over_b", at_least=1.0)]
+    small, large = (kept(tmp_path / str(v), made({"a_over_b": [v] * 3})) for v in (1.0, 1.105))
+    assert agree(goals, small, large).bad == agree(goals, large, small).bad == ["a_over_b"]
+
+
+def test_what_a_quick_run_measures_otherwise_is_not_compared_with_a_full_one(tmp_path: Path) -> None:
+    goals = [goal("a_over_b", at_least=1.0), goal("c_over_d", at_least=1.0, quick_differs="the tiny model")]
+    full = kept(tmp_path / "full", made({"a_over_b": [2.0] * 3, "c_over_d": [2.0] * 3}))
+    quick = kept(tmp_path / "quick", made({"a_over_b": [2.0] * 3, "c_over_d": [0.1] * 3}, quick=True))
+    slow = kept(tmp_path / "slow", made({"a_over_b": [2.0] * 3, "c_over_d": [0.01] * 3}, quick=True))
+    assert not compare(goals, full, quick).bad and "c_over_d" not in compare(goals, full, quick).text
+    assert compare(goals, quick, slow).bad == ["c_over_d"], "two quick runs measure the same"
+
+
+@pytest.mark.parametrize("status", ["failed", "over", "not run"])
+def test_a_benchmark_that_gave_nothing_is_no_good_run(status: Any, tmp_path: Path) -> None:
+    goals = [goal("a_over_b", at_least=1.0), Goal(benchmark="other", metric="c_over_d", says="x", issue=1)]
+    before = kept(tmp_path / "old", made({"a_over_b": [2.0]}), made({"c_over_d": [2.0]}, "other"))
+    now = kept(tmp_path / "new", made({"c_over_d": [2.0]}, "other"))
+    assert compare(goals, before, now).bad == [], "it was not asked for"
+    now.keep("fake", Outcome(status=status, seconds=1.0, limit_s=2.0, why="because"), None)
+    found = compare(goals, before, now)
+    assert found.bad == ["fake"] and f"fake: {status}: because" in found.text
+
+
+def test_a_ratio_that_is_not_there_any_more_is_told(tmp_path: Path) -> None:
+    before = kept(tmp_path / "old", made({"a_over_b": [2.0], "c_over_d": [1.0]}))
+    now = kept(tmp_path / "new", made({"c_over_d": [1.0]}))
+    found = compare([goal("a_over_b", at_least=1.0), goal("c_over_d", at_least=1.0)], before, now)
+    assert not found.bad and "not measured now: a_over_b" in found.text
+
+
+def test_another_machine_is_told(tmp_path: Path) -> None:
+    before = kept(tmp_path / "old", made({"a_over_b": [2.0]}))
+    other = made({"a_over_b": [2.0]}).model_copy(update={"machine": MACHINE.model_copy(update={"cores": 8})})
+    assert "machine" not in compare([goal("a_over_b", at_least=1.0)], before, before).text
+    text = compare([goal("a_over_b", at_least=1.0)], before, kept(tmp_path / "new", other)).text
+    assert "another machine: 2 cores of a cpu before, 8 cores of a cpu now" in text
+
+
 # The suite
 
 FAKES = {
@@ -544,9 +594,12 @@ def test_two_runs_are_compared_by_command(tmp_path: Path, capsys: pytest.Capture
     first, second, third = folders
     assert command.main(["agree", first, second]) == 0
     assert command.main(["agree", first, third]) == 1
-    assert "further apart than noise: handle_tokens_over_vllm" in capsys.readouterr().out
+    assert "further apart than noise, or failed in one: handle_tokens_over_vllm" in capsys.readouterr().out
     assert command.main(["compare", third, "--committed", first]) == 1
     assert command.main(["compare", second, "--committed", first]) == 0
+    other = kept(tmp_path / "d", made({"control_calls": [6.0]}, "weight_sync"))
+    assert command.main(["compare", str(other.folder), "--committed", first]) == 1
+    assert "nothing to compare" in capsys.readouterr().out
 
 
 # Pages

@@ -107,15 +107,15 @@ def _compare(options: argparse.Namespace) -> int:
     found = compare(load_goals(), _existing(options.committed), _existing(options.new))
     print(found.text)
     if found.bad:
-        print(f"worse than the committed run by more than noise: {', '.join(found.bad)}")
-    return BAD if found.bad else GOOD
+        print(f"worse than the committed run by more than noise, or failed: {', '.join(found.bad)}")
+    return BAD if found.bad or not found.compared else GOOD
 
 
 def _agree(options: argparse.Namespace) -> int:
     found = agree(load_goals(), _existing(options.first), _existing(options.second))
     print(found.text)
     if found.bad:
-        print(f"further apart than noise: {', '.join(found.bad)}")
+        print(f"further apart than noise, or failed in one: {', '.join(found.bad)}")
     return BAD if found.bad or not found.compared else GOOD
 
 
