@@ -501,6 +501,66 @@ def test_one_that_hangs_may_clean_up_and_is_ended_with_all_that_it_started(tmp_p
     gone(int((tmp_path / "child").read_text()))
 
 
+def test_what_a_benchmark_started_in_sessions_of_its_own_is_ended_too(tmp_path: Path, fakes: Path) -> None:
+    """As NeMo Gym's servers are: a signal to the benchmark's group does not reach them."""
+    (fakes / "apart.py").write_text(
+        "import subprocess, time\n"
+        "sleep = ['sh', '-c', 'trap : INT; sleep 600 & wait; sleep 600']\n"
+        f"pids, children = open({str(tmp_path / 'children')!r}, 'w'), []\n"
+        "def start():\n"
+        "    children.append(subprocess.Popen(sleep, start_new_session=True))\n"
+        "    print(children[-1].pid, file=pids, flush=True)\n"
+        "start()\n"
+        "try:\n    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    start()\n    time.sleep(600)\n"
+    )
+    outcomes = suite_of(["apart", "good"], tmp_path, fakes, limit_s=2.0).run(lambda line: None)
+    assert outcomes["apart"].status == "over" and outcomes["good"].status == "done"
+    children = (tmp_path / "children").read_text().split()
+    assert len(children) == 2
+    for pid in children:
+        gone(int(pid))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_suite_that_is_ended_leaves_nothing_and_tells_what_it_has(
+    number: int, status: int, tmp_path: Path, fakes: Path
+) -> None:
+    (fakes / "hangs.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    goals = [Goal(benchmark=name, metric="tokens_over_other", says="a", issue=1) for name in ("good", "hangs", "skips")]
+    (tmp_path / "goals.json").write_text(json.dumps([goal.model_dump() for goal in goals]))
+    (tmp_path / "main.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "from functools import partial\nfrom pathlib import Path\n"
+        "from suite import command\nfrom suite.entries import Entry\nfrom suite.goals import load_goals\n"
+        "command.ENTRIES = [Entry(name, 60, 60) for name in ('good', 'hangs', 'skips')]\n"
+        f"command.ROOT = command.COMMITTED = Path({str(tmp_path)!r}) / 'root'\n"
+        f"command.SuiteRun = partial(command.SuiteRun, scripts=Path({str(fakes)!r}), grace_s=5)\n"
+        f"command.load_goals = partial(load_goals, Path({str(tmp_path / 'goals.json')!r}))\n"
+        f"sys.exit(command.main(['run', '--out', {str(tmp_path / 'out')!r}]))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "main.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as suite:
+        deadline = time.monotonic() + 60
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+            assert suite.poll() is None and time.monotonic() < deadline, suite.communicate()
+            time.sleep(0.02)
+        suite.send_signal(number)
+        shown, said = suite.communicate(timeout=30)
+    assert suite.returncode == status, said
+    gone(int((tmp_path / "pid").read_text()))
+    assert "good       tokens_over_other  2.5" in shown
+    assert "not measured (not run: the suite was interrupted)" in shown
+    assert "suite: interrupted; what has ended is kept" in said and "Traceback" not in said
+    outcomes = Kept(tmp_path / "out").outcomes()
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        "good": "done", "hangs": "not run", "skips": "not run"
+    }  # fmt: skip
+
+
 def gone(pid: int, within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
@@ -521,6 +581,19 @@ def test_old_figures_are_not_taken_for_new_ones(tmp_path: Path, fakes: Path) -> 
     run.run(lambda line: None)
     assert run.kept.results() == {} and run.kept.outcomes()["good"].status == "failed"
     assert run.kept.outcomes()["skips"].status == "skipped", "what did not run now stays"
+
+
+def test_a_benchmark_that_did_not_run_shows_no_figures_of_an_earlier_run(
+    tmp_path: Path, fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that is part of a full run only, and ran by name a week ago."""
+    monkeypatch.setattr(command, "ENTRIES", [Entry("good", 30, 30), Entry("fake", None, 30)])
+    monkeypatch.setattr(command, "SuiteRun", partial(SuiteRun, scripts=fakes, grace_s=0.5))
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "load_goals", lambda: [goal()])
+    kept(tmp_path / "out", made({"tokens_over_other": [7.0]}))
+    assert command.main(["run", "--out", str(tmp_path / "out")]) == 0
+    assert "not part of a quick run" in (shown := capsys.readouterr().out) and "7" not in shown
 
 
 def test_every_benchmark_gets_the_calibration(tmp_path: Path, fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

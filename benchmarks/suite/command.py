@@ -7,11 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from harness.result import ResultError
+from harness.result import Result, ResultError
 
 from suite.compare import agree, compare
 from suite.entries import CALIBRATION, ENTRIES, QUICK_MINUTES, Entry
-from suite.goals import load_goals
+from suite.goals import Goal, load_goals
+from suite.interrupts import Interrupted
 from suite.outcomes import Kept, Outcome
 from suite.pages import Pages
 from suite.runner import ROOT, SuiteRun
@@ -30,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ResultError as error:
         print(f"suite: {error}", file=sys.stderr)
         return USAGE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("suite: interrupted; what has ended is kept", file=sys.stderr)
-        return INTERRUPTED
+        return error.status if isinstance(error, Interrupted) else INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,13 +76,25 @@ def _run(options: argparse.Namespace) -> int:
     minutes = options.minutes if options.minutes is not None else None if full or only else QUICK_MINUTES
     within_s = None if minutes is None else minutes * 60
     suite = SuiteRun(entries, kept, ROOT / "runs" / "bench-logs", full=full, within_s=within_s)
-    outcomes = suite.run(lambda line: print(line, file=sys.stderr, flush=True))
     shown = [goal for goal in goals if not only or goal.benchmark in only]
-    table = rows(shown, kept.results(), kept.outcomes(), committed)
+    try:
+        outcomes = suite.run(lambda line: print(line, file=sys.stderr, flush=True))
+    finally:
+        # Of an interrupted run, too: it may have taken hours.
+        _show(shown, kept, {entry.name for entry in entries}, committed)
+    return GOOD if all(outcome.good for outcome in outcomes.values()) else BAD
+
+
+def _show(goals: Sequence[Goal], kept: Kept, names: Set[str], committed: Mapping[str, Result]) -> None:
+    """What these benchmarks gave. Others may have left results in the folder, of another day and commit."""
+    outcomes = {name: outcome for name, outcome in kept.outcomes().items() if name in names}
+    left_out = Outcome(status="not run", seconds=0.0, limit_s=0.0, why="not part of a quick run")
+    results = {name: result for name, result in kept.results().items() if name in names}
+    absent = {goal.benchmark: left_out for goal in goals if goal.benchmark not in names}
+    table = rows(goals, results, outcomes | absent, committed)
     print(as_text([NARROW_HEADER, *(row.narrow_cells for row in table)]))
     print(f"{SIMULATED}: the engine was simulated; what each is, in words: benchmarks/README.md")
     _tell_bad(outcomes)
-    return GOOD if all(outcome.good for outcome in outcomes.values()) else BAD
 
 
 def _tell_bad(outcomes: Mapping[str, Outcome]) -> None:

@@ -21,7 +21,7 @@ class Outcome(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     status: Status
-    """`over`: it was ended at its time limit; `not run`: no time was left for it."""
+    """`over`: it was ended at its time limit; `not run`: no time was left for it, or the suite was interrupted."""
     seconds: FiniteFloat
     limit_s: FiniteFloat
     why: str = ""

@@ -31,8 +31,8 @@ one schema (`harness/result.py`).
 - A figure is the **median** of its repetitions; **spread** is the largest of them minus the smallest.
 - Two runs agree if their medians differ by no more than the **noise**: the larger of their spreads, and at least a part
   of the smaller median that [goals.yaml](goals.yaml) states, two and a half times that part of fewer than three samples
-  (`suite/noise.py`). `make bench-agree BENCH_ARGS="folder other"` asks that of two runs, and `make bench-compare` whether
-  a ratio of the last `make bench` is worse than the committed one by more than noise, or its benchmark failed.
+  (`suite/noise.py`). `make bench-agree BENCH_ARGS="folder other"` asks that of two runs, and `make bench-compare`
+  whether a ratio of the last `make bench` is worse than the committed one by more than noise, or its benchmark failed.
 - Where it says **simulated**, no model generates: the engine's times are drawn, and everything around it is real.
   `scale` has a virtual clock as well.
 - One that needs what is not here is skipped and says so: TRL (`make trl`), NeMo Gym (`make nemo-gym`).

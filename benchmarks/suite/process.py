@@ -6,18 +6,22 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from harness.result import Result, ResultError, Skipped, parse_result
 
 from suite.outcomes import Outcome
 
 GRACE_S = 40.0
 """To stop everything after an interrupt, before it is killed."""
+_SETTLED = 0.25
+"""Part of it for what the killed ones have started, such as a Ray cluster, to end by itself."""
+_POLL_S = 0.05
 _SHOWN_LINES = 3
 
 
@@ -48,7 +52,7 @@ def run_benchmark(
         folder: where it runs.
         logs: where what it prints is kept, as `<name>.out` and `<name>.err`.
         limit_s: then it is interrupted.
-        grace_s: so long after that it is killed, with all processes of its group.
+        grace_s: so long after that it is killed, with all that it has started and that is still there.
 
     Raises:
         KeyboardInterrupt: the caller was interrupted; the benchmark has ended.
@@ -108,11 +112,45 @@ def _ended_well(name: str, out: Path, times: Mapping[str, Any]) -> Ended:
 
 
 def _interrupt(process: subprocess.Popen[bytes], grace_s: float) -> None:
-    """As Ctrl-C would, so that it stops its cluster and its servers."""
+    """As Ctrl-C would, so that it stops its cluster and its servers; then kill what is left.
+
+    Some of what it has started is in sessions of its own, such as NeMo Gym's servers. And a run of `raygym train` may
+    take longer to end than the benchmark that is interrupted while it waits for it.
+    """
+    ends = time.monotonic() + grace_s
+    family = _started_by(process.pid)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(grace_s)
+    family |= _started_by(process.pid)
+    _wait(family, ends)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    _wait(family, time.monotonic() + _SETTLED * grace_s)
+    for one in family:
+        with suppress(psutil.Error):
+            one.kill()
+
+
+def _started_by(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return set()  # it has ended
+
+
+def _wait(processes: Iterable[psutil.Process], until_s: float) -> None:
+    """Until all of them have ended, or until then by the monotonic clock."""
+    while any(map(_is_alive, processes)) and time.monotonic() < until_s:
+        time.sleep(_POLL_S)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _last_words(err: Path) -> str:

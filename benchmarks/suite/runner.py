@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from harness.calibration import OFF, VARIABLE
 
 from suite.entries import CALIBRATION, Entry
+from suite.interrupts import interruptible
 from suite.outcomes import Kept, Outcome
 from suite.process import GRACE_S, run_benchmark
 
@@ -42,13 +42,24 @@ class SuiteRun:
 
         Returns:
             How each has ended.
+
+        Raises:
+            Interrupted: by a signal; nothing runs any more, and what has ended is kept.
         """
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-            # As a script's `&` starts us, and the benchmarks would inherit it: no interrupt would end them.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        began = time.monotonic()
         self.kept.forget(entry.name for entry in self.entries)
-        outcomes = {}
+        outcomes: dict[str, Outcome] = {}
+        try:
+            with interruptible():
+                self._all(outcomes, tell)
+        except KeyboardInterrupt:
+            for entry in self.entries:
+                if entry.name not in outcomes:
+                    self.kept.keep(entry.name, self._not_run(entry, "the suite was interrupted"), None)
+            raise
+        return outcomes
+
+    def _all(self, outcomes: dict[str, Outcome], tell: Callable[[str], None]) -> None:
+        began = time.monotonic()
         for entry in self.entries:
             limit_s = entry.limit_s(full=self.full)
             if self.within_s is not None:
@@ -56,12 +67,10 @@ class SuiteRun:
             tell(f"{entry.name} ...")
             outcomes[entry.name] = outcome = self._one(entry, round(limit_s, 1))
             tell(f"{entry.name}: {outcome.status} after {outcome.seconds:.0f} s{told(outcome)}")
-        return outcomes
 
     def _one(self, entry: Entry, limit_s: float) -> Outcome:
         if limit_s < min(_LEAST_S, entry.limit_s(full=self.full)):
-            why = f"the {(self.within_s or 0) / 60:.0f} minutes of all together were over"
-            outcome = Outcome(status="not run", seconds=0.0, limit_s=max(limit_s, 0.0), why=why)
+            outcome = self._not_run(entry, f"the {(self.within_s or 0) / 60:.0f} minutes of all together were over")
             self.kept.keep(entry.name, outcome, None)
             return outcome
         script = self.scripts / f"{entry.name}.py"
@@ -76,6 +85,9 @@ class SuiteRun:
         )
         self.kept.keep(entry.name, ended.outcome, ended.result)
         return ended.outcome
+
+    def _not_run(self, entry: Entry, why: str) -> Outcome:
+        return Outcome(status="not run", seconds=0.0, limit_s=entry.limit_s(full=self.full), why=why)
 
     def _environment(self) -> dict[str, str]:
         # Benchmarks start clusters of their own.
