@@ -49,6 +49,24 @@ def test_a_steps_time_counts_from_the_end_of_the_warm_up() -> None:
     assert warm([row(1), row(2), row(3)], 2) == [row(3)]
 
 
+def test_tools_find_the_plain_names() -> None:
+    samples = {
+        "async_share_of_ideal_simulated": [0.9, 1.0],
+        "first_token_s_demo": [30.0],
+        "async_over_sync_real_tiny": [1.3, 1.5],
+        "async_over_sync_real_smollm2": [1.0, 1.2],
+    }
+    assert end_to_end.plain_names(samples) == {
+        "async_share_of_ideal": [0.9, 1.0],
+        "start_to_first_token_s": [30.0],
+        "async_over_sync_real": [1.0, 1.2],
+    }
+    del samples["async_over_sync_real_smollm2"], samples["first_token_s_demo"]
+    found = end_to_end.plain_names(samples)
+    assert found["async_over_sync_real"] == [1.3, 1.5] and "start_to_first_token_s" not in found
+    assert end_to_end.plain_names({}) == {}
+
+
 def test_the_ideal_is_the_longer_side_alone() -> None:
     assert ideal_step_s([row(), row(generate=7.0)]) == 6
     assert ideal_step_s([row(generate=2.0), row(generate=3.0, learn=5.0)]) == 5, "learning with its sync"

@@ -243,6 +243,30 @@ def test_a_goal_is_of_a_metric_that_there_is(wanted: Goal) -> None:
     assert not is_made_of(f"{wanted.metric}_renamed", pieces)
 
 
+RELIED_ON = {
+    "rollout": [
+        "efficiency_64", "efficiency_1024", "efficiency_heavy_tail", "overhead_over_handle_round_trip_p50",
+        "overhead_ms_p99", "loop_lag_ms_p99", "cost_per_episode_10000_over_100", "speedup_over_lockstep",
+        "episodes_per_s",
+    ],
+    "nemo_gym": ["nemo_gym_turns_ratio"],
+    "serving": ["handle_tokens_over_vllm", "http_tokens_over_vllm", "render_turn_100_over_10"],
+    "learner": [
+        "tokens_over_trl_equal", "tokens_over_trl_lognormal", "tokens_over_trl_shared_prompt", "loss_abs_diff_trl",
+        "padding_fraction_max",
+    ],
+    "weight_sync": ["tcp_over_gloo", "shm_over_memcpy", "control_calls", "publish_and_apply_s"],
+    "end_to_end": [
+        "async_share_of_ideal", "async_over_sync_simulated", "async_over_sync_real", "start_to_first_token_s",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in RELIED_ON for name in RELIED_ON[module]])
+def test_a_name_that_tools_rely_on_is_reported(module: str, name: str) -> None:
+    assert is_made_of(name, literals(module))
+
+
 def test_the_stated_goals_are_there() -> None:
     found = {g.metric: (g.said, g.issue) for g in GOALS if g.said}
     assert found["efficiency_64"] == ("at least 0.95", 6) and found["tcp_over_gloo"] == ("at least 0.8", 8)
