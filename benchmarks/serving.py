@@ -14,12 +14,12 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from statistics import median
 
 import httpx
 import numpy as np
 from harness import calibrate, report
 from harness.turn_prompts import turn_prompts
+from harness.worst import worst
 
 from raygym.actors import cluster, serving
 from raygym.actors.policy_server import DEPLOYMENT
@@ -50,9 +50,8 @@ def main() -> None:
     with vllm_serve(config, model_dir) as plain_url, raygym_serve(config, model_dir) as (url, app):
         asyncio.run(measure(samples, options, repetitions, rounds, plain_url, url, app))
     for path in ("handle", "http"):
-        # The worst level, by its median: single repetitions differ by a quarter on a shared machine.
-        medians = [median(samples[f"{path}_tokens_over_vllm_{level}"]) for level in options.levels]
-        samples[f"{path}_tokens_over_vllm"] = [min(medians)]
+        at_levels = [f"{path}_tokens_over_vllm_{level}" for level in options.levels]
+        samples[f"{path}_tokens_over_vllm"] = worst(samples, at_levels)
     samples |= turn_prompts(options.model)
     report(
         "serving", samples, config=f"{options.model}, {PROMPT} prompt tokens, up to {ANSWER} answer tokens, 1 replica"

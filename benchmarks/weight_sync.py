@@ -19,6 +19,7 @@ import numpy as np
 from harness import calibrate, report
 from harness.plain_gloo import PlainGloo
 from harness.weight_layouts import Engines, Stores, learners
+from harness.worst import worst
 
 from raygym.actors import cluster
 from raygym.actors.learner_group import LearnerGroup
@@ -30,8 +31,8 @@ from raygym.weights import Published
 MODEL = "smollm2-135m-instruct"
 COPIED_BYTES = 512 << 20
 COUNTS = (1, 2)
-_SETTLED_AFTER_S = 0.5
 """Receivers over TCP, and replicas on this node."""
+_SETTLED_AFTER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ def main() -> None:
     finally:
         cluster.disconnect()
     for name in ("tcp_over_gloo", "shm_over_memcpy"):  # the worse of the layouts
-        samples[name] = min(
-            (samples[f"{name}_{count}"] for count in COUNTS), key=lambda values: sorted(values)[len(values) // 2]
-        )
+        samples[name] = worst(samples, [f"{name}_{count}" for count in COUNTS])
     for name in ("control_calls", "publish_and_apply_s"):
         samples[name] = samples[f"{name}_{COUNTS[-1]}"]
     report(

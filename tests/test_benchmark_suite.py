@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from harness import calibration, report, report_skipped
 from harness.result import Machine, Result, ResultError, Skipped, parse_result, read_result, summary
 from harness.units import is_ratio, unit_of
+from harness.worst import worst
 from suite import command
 from suite.compare import agree, compare
 from suite.entries import ENTRIES, QUICK_MINUTES, Entry
@@ -209,6 +210,12 @@ def test_other_pythons_may_import_the_package() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
+def test_the_worst_keeps_its_own_spread() -> None:
+    samples = {"a": [1.0, 3.0, 0.1], "b": [0.8, 0.9, 1.4], "c": [0.95]}
+    assert worst(samples, ["a", "b", "not measured"]) == [0.8, 0.9, 1.4]
+    assert worst({"a": [1.0, 4.0], "b": [2.0, 2.2]}, ["b", "a"]) == [2.0, 2.2], "2.5 is the median of the other"
+
+
 # Goals
 
 
@@ -332,6 +339,11 @@ def test_what_a_quick_run_has_not_is_of_the_committed_one() -> None:
 def test_what_gave_no_figures_says_why(status: Any) -> None:
     outcomes = {"fake": Outcome(status=status, seconds=1.0, limit_s=2.0, why="because")}
     assert [row.said for row in rows([goal()], {}, outcomes)] == [f"not measured ({status}: because)"]
+
+
+def test_one_sample_has_no_spread() -> None:
+    one, two = (rows([goal("a_over_b")], {"fake": made({"a_over_b": [1.0] * count})}, {})[0] for count in (1, 2))
+    assert (one.cells[3], two.cells[3]) == ("-", "0") and one.narrow_cells[3] == "-"
 
 
 def test_tables_are_aligned_and_escaped() -> None:
@@ -730,7 +742,7 @@ def test_pages_are_made_of_results(pages: Pages, tmp_path: Path) -> None:
     pages.write(goals, results)
     readme, page, svg = pages.readme.read_text(), pages.page.read_text(), plot.read_text()
     assert readme.startswith("# A\n") and readme.endswith("\n\nMore.\n") and "old" not in readme
-    assert "| A over b | 1.5 | 0 | at least 1 | met |" in readme and "[All goals" in readme
+    assert "| A over b | 1.5 | - | at least 1 | met |" in readme and "[All goals" in readme
     assert "| fake | a thing (simulated) | 2.5 ms | 1 | - | at most 1 ms | NOT met | 1 |" in page
     assert "![" in page and "| worse | over | too long |" in page and "| `c_ms` | 2.5 | 1 | ms | 2 |" in page
     assert "<svg" in svg and "fake: a_over_b" in svg
@@ -751,6 +763,31 @@ def test_a_line_of_a_plot_is_drawn(pages: Pages, tmp_path: Path) -> None:
     pages.write([], kept(tmp_path / "results", made(samples, "serving")))
     svg = (pages.folder / "plots" / "serving.svg").read_text()
     assert "plain vllm serve" in svg and "raygym, HTTP" in svg and "raygym, as episodes ask" not in svg
+
+
+def test_only_drawing_needs_the_library_of_plots(pages: Pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; import suite.command"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ResultError, match=r"drawn by matplotlib, which cannot be imported .*; run `make setup`"):
+        pages.write([goal("a_over_b", at_least=1.0)], kept(tmp_path / "results", made({"a_over_b": [2.0]})))
+
+
+@pytest.mark.parametrize(
+    ("quick", "said"),
+    [
+        ((False, False), "By `make bench-full` on"),
+        ((True, True), "By `make bench` on"),
+        ((True, False), "By `make bench-full`, in part `make bench`, on"),
+    ],
+)
+def test_the_readme_says_by_which_command(quick: tuple[bool, bool], said: str, pages: Pages, tmp_path: Path) -> None:
+    names = ("one", "two")
+    results = [made({"a_over_b": [1.0] * 2}, name, quick=q) for name, q in zip(names, quick, strict=True)]
+    goals = [Goal(benchmark=name, metric="a_over_b", says="a", issue=1, readme="A over b") for name in names]
+    pages.write(goals, kept(tmp_path / "results", *results))
+    assert said in pages.readme.read_text()
 
 
 def test_a_readme_without_its_marks_is_said(pages: Pages, tmp_path: Path) -> None:

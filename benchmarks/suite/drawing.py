@@ -1,18 +1,21 @@
 """Plots as SVG, drawn by matplotlib.
 
-Each file says what it was made of, so that a check need not draw it again: another matplotlib draws other bytes.
+Each file says what it was made of, so that a check need not draw it again: another matplotlib draws other bytes. Only
+drawing imports it, so that measuring and comparing do without.
 """
 
 from __future__ import annotations
 
 import io
 import re
+from typing import TYPE_CHECKING
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from harness.result import ResultError
 
 from suite.plots import Bars, Lines, Plot, digest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -34,7 +37,18 @@ def drawn_of(svg: str) -> str | None:
 
 
 def draw(plot: Plot) -> str:
-    """The SVG."""
+    """The SVG.
+
+    Raises:
+        ResultError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ResultError(
+            f"the plots are drawn by matplotlib, which cannot be imported ({error}); run `make setup`"
+        ) from None
     with rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are literals
         height = 0.9 + 0.23 * len(plot.bars) if isinstance(plot, Bars) else 3.0
         figure = Figure(figsize=(7.2, height), layout="constrained")

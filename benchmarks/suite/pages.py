@@ -14,7 +14,7 @@ from suite.drawing import draw, drawn_of
 from suite.goals import Goal
 from suite.outcomes import Kept, Outcome
 from suite.plots import Plot, digest, plots
-from suite.table import HEADER, Row, as_markdown, number, rows
+from suite.table import HEADER, Row, as_markdown, number, rows, spread
 
 BEGIN = "<!-- performance: made by `make bench-pages` from benchmarks/results -->"
 END = "<!-- /performance -->"
@@ -28,7 +28,8 @@ it has found; `make bench-full` takes hours and writes `results/`. `BENCH_ARGS="
 is a part of it. Each is also a script of its own (`python benchmarks/serving.py --help`), whose last line is JSON in
 one schema (`harness/result.py`).
 
-- A figure is the **median** of its repetitions; **spread** is the largest of them minus the smallest.
+- A figure is the **median** of its repetitions; **spread** is the largest of them minus the smallest, `-`
+  where there was one repetition only.
 - Two runs agree if their medians differ by no more than the **noise**: the larger of their spreads, and at least a part
   of the smaller median that [goals.yaml](goals.yaml) states, two and a half times that part of fewer than three samples
   (`suite/noise.py`). `make bench-agree BENCH_ARGS="folder other"` asks that of two runs, and `make bench-compare`
@@ -140,8 +141,10 @@ def readme_section(found: Sequence[Row], results: Mapping[str, Result]) -> str:
         )
         for row in shown
     ]
-    where = _where([results[row.goal.benchmark] for row in shown if row.goal.benchmark in results])
-    said = f"{where} [All goals, met or not, and how it is measured](benchmarks/README.md)."
+    said = _where([results[row.goal.benchmark] for row in shown if row.goal.benchmark in results])
+    if any(row.metric and len(row.metric.samples) == 1 for row in shown):
+        said += " Without a spread: measured once."
+    said += " [All goals, met or not, and how it is measured](benchmarks/README.md)."
     return f"{as_markdown(lines)}\n\n{fill(said, 118, break_long_words=False, break_on_hyphens=False)}\n"
 
 
@@ -149,7 +152,10 @@ def _where(results: Sequence[Result]) -> str:
     machines = sorted({f"{r.machine.cores} cores of {r.machine.cpu}" for r in results})
     days = sorted({r.started[:10] for r in results})
     period = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"By `make bench-full` on {' and on '.join(machines)}, {period}."
+    quick = [result.quick for result in results]
+    in_part = ", in part `make bench`," if any(quick) else ""
+    command = "`make bench`" if all(quick) else f"`make bench-full`{in_part}"
+    return f"By {command} on {' and on '.join(machines)}, {period}."
 
 
 def _section(name: str, result: Result) -> Iterator[str]:
@@ -175,7 +181,7 @@ def _section(name: str, result: Result) -> Iterator[str]:
         metric = result.metric(key)
         assert metric is not None
         unit = "" if metric.unit in (None, "1") else metric.unit
-        figures = number(metric.median), number(metric.spread)
+        figures = number(metric.median), spread(metric)
         lines.append((f"`{key}`", *figures, str(unit), str(len(metric.samples))))
     yield as_markdown(lines)
 

@@ -52,7 +52,7 @@ class Row:
         if self.metric is None:
             return "-", "-", "-"
         noise = noise_of(self.goal, self.metric)
-        return number(self.metric.median, self.metric.unit), number(self.metric.spread), number(noise)
+        return number(self.metric.median, self.metric.unit), spread(self.metric), number(noise)
 
 
 def rows(
@@ -95,6 +95,11 @@ def _row(
 def _verdict(goal: Goal, metric: Metric) -> Verdict:
     met = goal.met(metric.median)
     return "reported" if met is None else "met" if met else "NOT met"
+
+
+def spread(metric: Metric) -> str:
+    """A metric's spread; `-` where there is one sample, which has none."""
+    return number(metric.spread) if len(metric.samples) > 1 else "-"
 
 
 def number(value: float | None, unit: str | None = None) -> str:
