@@ -341,6 +341,20 @@ def test_what_gave_no_figures_says_why(status: Any) -> None:
     assert [row.said for row in rows([goal()], {}, outcomes)] == [f"not measured ({status}: because)"]
 
 
+@pytest.mark.parametrize(
+    ("value", "how", "shown"),
+    [
+        (0.94961, {"at_least": 0.95}, "0.9496"),
+        (1.5003, {"at_most": 1.5}, "1.5003"),
+        (1.0, {"above": 1.0}, "1"),
+        (0.9, {"at_least": 0.95}, "0.9"),
+        (0.9504, {"at_least": 0.95}, "0.95"),
+    ],
+)
+def test_what_missed_its_goal_by_little_can_be_seen_to(value: float, how: dict[str, float], shown: str) -> None:
+    assert rows([goal("a_over_b", **how)], {"fake": made({"a_over_b": [value] * 3})}, {})[0].cells[2] == shown
+
+
 def test_one_sample_has_no_spread() -> None:
     one, two = (rows([goal("a_over_b")], {"fake": made({"a_over_b": [1.0] * count})}, {})[0] for count in (1, 2))
     assert (one.cells[3], two.cells[3]) == ("-", "0") and one.narrow_cells[3] == "-"
@@ -745,7 +759,8 @@ def test_pages_are_made_of_results(pages: Pages, tmp_path: Path) -> None:
     assert "| A over b | 1.5 | - | at least 1 | met |" in readme and "[All goals" in readme
     assert "| fake | a thing (simulated) | 2.5 ms | 1 | - | at most 1 ms | NOT met | 1 |" in page
     assert "![" in page and "| worse | over | too long |" in page and "| `c_ms` | 2.5 | 1 | ms | 2 |" in page
-    assert "<svg" in svg and "fake: a_over_b" in svg
+    assert "<svg" in svg and "fake: a_over_b<" in svg and "fake: c_ms (simulated)<" in svg
+    assert ">1.5</text>" in svg and ">0.4</text>" in svg, "how far it was reached can be read"
     assert pages.out_of_date(goals, results) == []
 
     kept(results.folder, made({"a_over_b": [1.6]}))

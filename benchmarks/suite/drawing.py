@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from harness.result import ResultError
 
 from suite.plots import Bars, Lines, Plot, digest
+from suite.table import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +69,11 @@ def _draw_bars(axes: Axes, plot: Bars) -> None:
     ends = [min(max(share, _FAR[0]), _FAR[1]) for _, share in plot.bars]
     colours = [_MET if share >= 1 else _MISSED for _, share in plot.bars]
     axes.barh(names, [end - 1 for end in ends], left=1, color=colours, height=0.6)
+    for place, (end, (_, share)) in enumerate(zip(ends, plot.bars, strict=True)):
+        far, beside = ("left", 3) if share >= 1 else ("right", -3)
+        axes.annotate(
+            number(share), (end, place), (beside, 0), textcoords="offset points", ha=far, va="center", fontsize=7
+        )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xlim(*_FAR)

@@ -51,8 +51,11 @@ class Row:
     def _figures(self) -> tuple[str, str, str]:
         if self.metric is None:
             return "-", "-", "-"
-        noise = noise_of(self.goal, self.metric)
-        return number(self.metric.median, self.metric.unit), spread(self.metric), number(noise)
+        median, noise = number(self.metric.median, self.metric.unit), noise_of(self.goal, self.metric)
+        if self.goal.met(self.metric.median) is False and median == number(self.goal.wanted, self.metric.unit):
+            # It would read as if it were what is wanted.
+            median = number(self.metric.median, self.metric.unit, digits=6)
+        return median, spread(self.metric), number(noise)
 
 
 def rows(
@@ -102,11 +105,13 @@ def spread(metric: Metric) -> str:
     return number(metric.spread) if len(metric.samples) > 1 else "-"
 
 
-def number(value: float | None, unit: str | None = None) -> str:
-    """With three or four digits that say something, and the unit unless it is a ratio's."""
+def number(value: float | None, unit: str | None = None, digits: int | None = None) -> str:
+    """With three or four digits that say something, or so many, and the unit unless it is a ratio's."""
     if value is None:
         return "-"
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3g}"
+    if digits is None:
+        digits = 4 if abs(value) >= 100 else 3
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
     return text if unit in (None, RATIO) else f"{text} {unit}"
 
 
