@@ -2,8 +2,9 @@
 
 Whole runs of `raygym train`, with real engine and learner: `tiny` learns to answer in vowels, SmolLM2 plays the
 demo's game. Each setting has the same tasks and seeds. Reported are, over the seeds, the last validation reward
-(`final_*`), the mean over the curve without its start (`curve_*`), and the seconds of a step (`step_s_*`). Last line:
-one JSON object.
+(`final_*`), the mean over the curve without its start (`curve_*`), and the seconds of a step (`step_s_*`); and by how
+much a setting's last reward is below that of 0, in spreads of the seeds (`reward_lost_in_spreads_*`: up to 1 is noise).
+Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
 from harness import calibrate, report
 
 ROOT = Path(__file__).resolve().parent.parent
+FRESH = "stale_0"
+LEAST_SPREAD = 0.01
+"""Of rewards of 0 to 1, where all seeds end alike."""
 SETTINGS: dict[str, Sequence[str]] = {
     "stale_0": ("rollout.max_staleness=0",),
     "stale_1": ("rollout.max_staleness=1",),
@@ -76,7 +80,23 @@ def main() -> None:
             for name, value in found.items():
                 samples.setdefault(f"{name}_{setting}", []).append(value)
             print(f"{setting}, seed {seed}: {found}", file=sys.stderr, flush=True)
+    samples |= lost_in_spreads(samples)
     report("staleness", samples, config=" ".join(base), seeds=seeds, validation_reward=curves)
+
+
+def lost_in_spreads(samples: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """How far each setting's median of `final_*` is below that without stale tokens, over the larger of their spreads.
+
+    A spread is the largest of the seeds minus the smallest. Nothing is told of one seed.
+    """
+    fresh = samples.get(f"final_{FRESH}", ())
+    found = {}
+    for setting in SETTINGS:
+        stale = samples.get(f"final_{setting}", ())
+        if setting != FRESH and min(len(fresh), len(stale)) > 1:
+            spread = max(LEAST_SPREAD, *(max(rewards) - min(rewards) for rewards in (fresh, stale)))
+            found[f"reward_lost_in_spreads_{setting}"] = [(median(fresh) - median(stale)) / spread]
+    return found
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, float]]:

@@ -19,6 +19,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import staleness
 from harness import calibration, report, report_skipped
 from harness.result import Machine, Result, ResultError, Skipped, parse_result, read_result, summary
 from harness.units import is_ratio, unit_of
@@ -279,6 +280,23 @@ def test_the_stated_goals_are_there() -> None:
     assert found["efficiency_64"] == ("at least 0.95", 6) and found["tcp_over_gloo"] == ("at least 0.8", 8)
     assert found["loop_lag_ms_p99"] == ("at most 20 ms", 6) and found["first_token_s_demo"] == ("at most 60 s", 10)
     assert {issue for _, issue in found.values()} == {4, 6, 7, 8, 10}
+    # Faults leave nothing behind (6), and stale tokens learn as well as fresh ones (7).
+    assert {found[f"leaked_{what}"] for what in ("requests", "sessions", "episodes")} == {("at most 0", 6)}
+    assert {found[f"reward_lost_in_spreads_stale_{stale}"] for stale in (1, 4)} == {("at most 1", 7)}
+
+
+def test_what_stale_tokens_cost_is_told_in_spreads_of_the_seeds() -> None:
+    final = {"stale_0": [0.6, 0.5, 0.7], "stale_1": [0.5, 0.45, 0.55], "stale_4": [0.9, 0.8, 0.8]}
+    found = staleness.lost_in_spreads({f"final_{setting}": rewards for setting, rewards in final.items()})
+    assert {key: round(value, 6) for key, (value,) in found.items()} == {
+        "reward_lost_in_spreads_stale_1": 0.5,
+        "reward_lost_in_spreads_stale_4": -1.0,
+    }
+    alike = {"final_stale_0": [1.0, 1.0], "final_stale_4": [0.98, 0.98]}
+    (value,) = staleness.lost_in_spreads(alike)["reward_lost_in_spreads_stale_4"]
+    assert value == pytest.approx(2.0), "no spread at all counts as a hundredth"
+    assert staleness.lost_in_spreads({"final_stale_0": [1.0], "final_stale_4": [0.5]}) == {}, "one seed has no noise"
+    assert staleness.lost_in_spreads({"final_stale_4": [0.5, 0.6]}) == {}
 
 
 @pytest.mark.parametrize(
