@@ -23,18 +23,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Any
 
 from harness import calibrate, report
 from harness.manager_cost import measure_manager, measure_ray_call
-from harness.result import rounded
-from harness.virtual_cluster import ClusterRun, ClusterSetup, batch_s, engine_alone, runners_for, simulate_cluster
+from harness.scale_figures import SLOWED_GPUS, Parts, Row, figures, for_a_moment, in_short, told
+from harness.virtual_cluster import ClusterSetup, batch_s, engine_alone, runners_for, simulate_cluster
 from harness.virtual_engines import MODEL, Workload, gpu_engine
-from harness.virtual_manager import ManagerCost
 
 from raygym.actors import cluster
+from raygym.batching_config import BatchingConfig
 
 GPUS = (1, 4, 16, 64, 256, 1024)
 QUICK_GPUS = (1, 4, 16, 64, 1024)
@@ -45,13 +44,63 @@ LEARN_SHARE = 0.5
 # Processor seconds of Ray in a manager's process: of a call and its answer, and of a trajectory of an episode's size in
 # it. The median of three measurements by `--measure-ray`, beside other work, in a sandbox where system calls are dear.
 RAY_CALL_S, RAY_TRAJECTORY_S = 680e-6, 7e-6
-SLOWED_GPUS, SLOWED_BY, QUICK_SLOWED_BY = 64, (8, 16, 32, 64, 128), (128,)
-# Of a turn, in ms, and turns of an episode there: `cpu_ms_per_turn_*` of `rollout.py`, see docs/measurements.md.
-CPU_MS_PER_TURN = {"env_runner": 0.26, "replica": 0.08}
+SLOWED_BY, QUICK_SLOWED_BY = (8, 16, 32, 64, 128), (128,)
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Plays runs, and tells each on standard error."""
+
+    engine: BatchingConfig
+    workload: Workload
+    parts: Parts
+    learn_share: float
+    quick: bool
+
+    def play(self, gpus: int, max_staleness: int, slower: float = 1.0) -> Row:
+        """One run, with a manager that is slower by a factor."""
+        cost = self.parts.cost.times(slower)
+        base = ClusterSetup(self.engine, self.workload, cost, gpus, PLACES_PER_GPU, runners=runners_for(gpus))
+        learn_s = self.learn_share * batch_s(base, self.parts.tokens_per_s)
+        setup = replace(base, max_staleness=max_staleness, learn_s=learn_s)
+        if for_a_moment(gpus, self.quick):
+            setup = replace(setup, warm_up=1, steps=1, batches_in_places=2.0)
+        began_s = time.process_time()
+        with no_garbage_collection():
+            run = simulate_cluster(setup)
+        row = {"gpus": gpus, "max_staleness": max_staleness, "manager_slower": slower}
+        row |= told(setup, run, self.parts.tokens_per_s) | {"real_cpu_s": time.process_time() - began_s}
+        print(in_short(row), file=sys.stderr, flush=True)
+        return row
 
 
 def main() -> None:
     """Measure the manager, play all sizes, and print what became of them."""
+    options = parsed()
+    calibrate()
+    engine, workload = gpu_engine(), Workload()
+    parts = measured(options, engine, workload)
+    player = Player(engine, workload, parts, options.learn_share, options.quick)
+    rows, slowed = played(options, player)
+    report(
+        "scale",
+        figures(rows, slowed, parts, workload.turns, quick=options.quick),
+        simulated=True,
+        config=described(options, workload),
+        workload=asdict(workload),
+        engine=engine.model_dump(),
+        ray_ms={
+            "call": parts.ray_call_s * 1000,
+            "trajectory": parts.ray_trajectory_s * 1000,
+            "measured": options.measure_ray,
+        },
+        rows=[in_short(row) for row in rows],
+        slowed_manager_rows=[in_short(row) for row in slowed],
+    )
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="max_staleness 1 only, and the largest size for a moment")
     parser.add_argument("--gpus", type=int, nargs="+", help="instead of 1 to 1,024; 64 is always among them")
@@ -60,11 +109,11 @@ def main() -> None:
     parser.add_argument("--measure-ray", action="store_true", help="a call's cost by a real actor, not by its constant")
     parser.add_argument("--manager-slower", type=float, default=1.0, help="of all sizes; 0: it takes no time")
     parser.add_argument("--learn-share", type=float, default=LEARN_SHARE, help="of a batch's least time on the engines")
-    options = parser.parse_args()
-    calibrate()
-    staleness = options.staleness or ([1] if options.quick else [0, 1, 2])
-    sizes = sorted({*(options.gpus or (QUICK_GPUS if options.quick else GPUS)), SLOWED_GPUS})
-    engine, workload = gpu_engine(), Workload()
+    return parser.parse_args()
+
+
+def measured(options: argparse.Namespace, engine: BatchingConfig, workload: Workload) -> Parts:
+    """An engine by itself in virtual time, and the manager's process in real time."""
     with no_garbage_collection():
         tokens_per_s, episodes_per_s = engine_alone(engine, workload, PLACES_PER_GPU, 500 if options.quick else 4000)
     tokens = round(tokens_per_s / episodes_per_s) + workload.prompt_tokens + 2 * workload.observation_tokens
@@ -73,89 +122,33 @@ def main() -> None:
         ray_call_s, ray_trajectory_s = ray_costs(tokens, options.repetitions)
     costs = [measure_manager(ray_call_s, tokens, 2048 if options.quick else 4096) for _ in range(options.repetitions)]
     costs = [replace(cost, end_s=cost.end_s + ray_trajectory_s) for cost in costs]
-    samples: dict[str, list[float]] = {
-        "manager_call_ms": [cost.call_s * 1000 for cost in costs],
-        "manager_begin_ms": [cost.begin_s * 1000 for cost in costs],
-        "manager_end_ms": [cost.end_s * 1000 for cost in costs],
-        "engine_alone_tokens_per_s": [tokens_per_s],
-        "engine_alone_episodes_per_s": [episodes_per_s],
-    }
-    # What is simulated has one cost, so that it is the same at each repetition of a size.
-    cost = ManagerCost(*(median(getattr(cost, part) for cost in costs) for part in ("call_s", "begin_s", "end_s")))
+    return Parts(tokens_per_s, episodes_per_s, costs, ray_call_s, ray_trajectory_s)
 
-    def play(gpus: int, max_staleness: int, slower: float = 1.0) -> dict[str, Any]:
-        base = ClusterSetup(engine, workload, cost.times(slower), gpus, PLACES_PER_GPU, runners=runners_for(gpus))
-        setup = replace(base, max_staleness=max_staleness, learn_s=options.learn_share * batch_s(base, tokens_per_s))
-        if options.quick and gpus > SLOWED_GPUS:
-            setup = replace(setup, warm_up=1, steps=1, batches_in_places=2.0)
-        began_s = time.process_time()
-        with no_garbage_collection():
-            run = simulate_cluster(setup)
-        row = {"gpus": gpus, "max_staleness": max_staleness, "manager_slower": slower}
-        row |= told(setup, run, tokens_per_s) | {"real_cpu_s": time.process_time() - began_s}
-        print({key: rounded(value) for key, value in row.items()}, file=sys.stderr, flush=True)
-        return row
 
+def played(options: argparse.Namespace, player: Player) -> tuple[list[Row], list[Row]]:
+    """All sizes with all bounds, and beside SLOWED_GPUS a manager that is slower and slower, from the usual one on."""
+    staleness = options.staleness or ([1] if options.quick else [0, 1, 2])
+    sizes = sorted({*(options.gpus or (QUICK_GPUS if options.quick else GPUS)), SLOWED_GPUS})
     rows = [
-        play(gpus, bound, options.manager_slower)
+        player.play(gpus, bound, options.manager_slower)
         for bound in staleness
         for gpus in sizes
         if bound == 1 or gpus <= LARGEST_OF_ALL_BOUNDS or options.gpus
     ]
-    by_itself = next((row for row in rows if (row["gpus"], row["max_staleness"]) == (SLOWED_GPUS, 1)), None)
+    usual = (row for row in rows if (row["gpus"], row["max_staleness"], row["manager_slower"]) == (SLOWED_GPUS, 1, 1))
+    slowed = [next(usual, None) or player.play(SLOWED_GPUS, 1)]
+    slowed += [player.play(SLOWED_GPUS, 1, factor) for factor in (QUICK_SLOWED_BY if options.quick else SLOWED_BY)]
+    return rows, slowed
+
+
+def described(options: argparse.Namespace, workload: Workload) -> str:
+    """The config, with what the command line has changed of it."""
+    config = f"{MODEL} on simulated H100s, {PLACES_PER_GPU} episodes for each, groups of {workload.group_size}"
+    if options.learn_share != LEARN_SHARE:
+        config += f", learners {options.learn_share:g} of a batch's least time"
     if options.manager_slower != 1:
-        by_itself = None
-    slowed = [by_itself or play(SLOWED_GPUS, 1)]
-    slowed += [play(SLOWED_GPUS, 1, factor) for factor in (QUICK_SLOWED_BY if options.quick else SLOWED_BY)]
-    for row in rows:
-        name = f"_{row['gpus']}_gpus" + (f"_staleness_{row['max_staleness']}" if row["max_staleness"] != 1 else "")
-        keys = ["scheduler_us"]
-        if not (options.quick and row["gpus"] > SLOWED_GPUS):
-            keys += ["episodes_per_s", "share_of_ideal", "staleness_mean", "manager_share_of_core"]
-        samples |= {key + name: [row[key]] for key in keys}
-    # The most that the slowest manager did, over what engines that wait for no manager do.
-    most = slowed[-1]["episodes_per_s"] * slowed[-1]["manager_slower"]
-    turns_per_s = slowed[0]["episodes_per_s"] / SLOWED_GPUS * workload.turns
-    samples |= {
-        "manager_saturates_at_gpus": [most / (slowed[0]["episodes_per_s"] / SLOWED_GPUS)],
-        # In answers that carry many, which is what a manager that is late gets.
-        "manager_limit_episodes_per_s": [1 / cost.episode_s for cost in costs],
-        "gpus_per_env_runner": [1000 / (CPU_MS_PER_TURN["env_runner"] * turns_per_s)],
-        "replica_share_of_core": [CPU_MS_PER_TURN["replica"] * turns_per_s / 1000],
-    }
-    report(
-        "scale",
-        samples,
-        simulated=True,
-        config=f"{MODEL} on simulated H100s, {PLACES_PER_GPU} episodes for each, groups of {workload.group_size}",
-        workload=asdict(workload),
-        engine=engine.model_dump(),
-        ray_ms={"call": ray_call_s * 1000, "trajectory": ray_trajectory_s * 1000, "measured": options.measure_ray},
-        rows=[{key: rounded(value) for key, value in row.items()} for row in rows],
-        slowed_manager_rows=[{key: rounded(value) for key, value in row.items()} for row in slowed],
-    )
-
-
-def told(setup: ClusterSetup, run: ClusterRun, tokens_per_s: float) -> dict[str, float]:
-    """One row of the table."""
-    return {
-        "episodes_at_once": run.most_at_once,
-        "episodes_per_s": run.episodes / run.seconds,
-        "tokens_per_s": run.tokens / run.seconds,
-        "share_of_ideal": run.tokens / run.seconds / (tokens_per_s * setup.gpus),
-        "empty_places": run.empty_places,
-        "learner_waits": run.learner_waits,
-        "staleness_mean": run.staleness_mean,
-        "staleness_max": run.staleness_max,
-        "slowest_over_median": run.straggler,
-        "manager_share_of_core": run.manager_share,
-        "manager_longest_wait_s": run.manager_wait_s,
-        "scheduler_us": run.scheduler_us,
-        "runners": setup.runners,
-        "episodes_of_a_step": setup.groups_per_step * setup.workload.group_size,
-        "steps_measured": setup.steps,
-        "preemptions": run.preemptions,
-    }
+        config += f", a manager {options.manager_slower:g} times as slow"
+    return config
 
 
 def ray_costs(tokens: int, repetitions: int) -> tuple[float, float]:

@@ -51,6 +51,41 @@ def test_episodes_are_conserved_and_the_bound_of_staleness_is_kept(
     assert 0 <= run.empty_places < 1
 
 
+def figures_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, *, quick: bool) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "benchmarks"))
+    scale = importlib.import_module("harness.scale_figures")
+    manager = importlib.import_module("harness.virtual_manager")
+
+    def row(gpus: int, bound: int = 1, slower: float = 1.0, episodes_per_s: float = 640.0) -> dict[str, float]:
+        row = {"gpus": gpus, "max_staleness": bound, "manager_slower": slower, "scheduler_us": 7.0}
+        return row | dict.fromkeys(scale.REPORTED, 0.5) | {"episodes_per_s": episodes_per_s}
+
+    costs = [manager.ManagerCost(1e-3, 1e-4, c) for c in (1e-4, 3e-4, 4e-4)]
+    parts = scale.Parts(6000.0, 6.0, costs, 5e-4, 1e-5)
+    assert parts.cost == manager.ManagerCost(1e-3, 1e-4, 3e-4)
+    rows = [row(64), row(1024), row(64, bound=0)]
+    slowed = [rows[0], row(64, slower=8, episodes_per_s=600), row(64, slower=128, episodes_per_s=200)]
+    found: dict[str, Any] = scale.figures(rows, slowed, parts, 4, quick=quick)
+    return found
+
+
+def test_what_is_reported_of_runs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    found = figures_of(monkeypatch, request, quick=False)
+    assert found["manager_saturates_at_gpus"] == [200 * 128 / (640 / 64)]
+    assert found["gpus_per_env_runner"] == [pytest.approx(1000 / (0.26 * 40))]
+    assert found["share_of_ideal_1024_gpus"] == found["share_of_ideal_64_gpus_staleness_0"] == [0.5]
+    assert found["slowest_over_median_64_gpus"] == found["share_of_ideal_manager_128_times_slower"] == [0.5]
+    assert len(found["manager_limit_episodes_per_s"]) == len(found["manager_call_ms"]) == 3
+
+
+def test_what_is_played_for_a_moment_has_no_throughput(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    found = figures_of(monkeypatch, request, quick=True)
+    assert found["scheduler_us_1024_gpus"] == [7.0] and found["episodes_per_s_64_gpus"] == [640.0]
+    assert {key for key in found if "1024" in key} == {"scheduler_us_1024_gpus"}
+
+
 def test_steps_that_overlap_are_stale_and_fast(scale: Any) -> None:
     apart, overlapping = (run_of(scale, max_staleness=bound) for bound in (0, 1))
     assert apart.staleness_max == 0 and overlapping.staleness_max == 1
