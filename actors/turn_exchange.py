@@ -16,6 +16,7 @@ from ray import serve
 
 from raygym.actors.serve_failures import engine_failure, replicas_that_answer
 from raygym.backoff import Backoff
+from raygym.least_waiting import LeastWaiting
 from raygym.turn_batch import TurnRequest
 from raygym.turn_client import TurnClient
 from raygym.turn_server import TurnAddress
@@ -39,7 +40,7 @@ class TurnExchange:
         self._deployment = deployment
         self._app = app
         self._handle: Any = None
-        self._clients: dict[str, TurnClient] = {}
+        self._clients: LeastWaiting[TurnClient] = LeastWaiting()
         self._replica_of: OrderedDict[str, str] = OrderedDict()
         self._numbers = 0
         self._refreshing: asyncio.Task[None] | None = None
@@ -68,7 +69,7 @@ class TurnExchange:
         replica = self._replica_of.get(session_id, "")
         if replica not in self._clients:
             # One that hangs has few turns waiting, since they are given up, and would get all new sessions.
-            replica = min(self._clients, key=lambda name: (self._clients[name].suspect, self._clients[name].waiting))
+            replica = self._clients.least()
             self._replica_of[session_id] = replica
             while len(self._replica_of) > _SESSIONS_KEPT:
                 self._replica_of.popitem(last=False)
@@ -112,17 +113,17 @@ class TurnExchange:
         await asyncio.sleep(self._backoff.wait_s())
 
     async def _connect(self, address: TurnAddress) -> None:
-        client = TurnClient(address, self._lost)
+        client = TurnClient(address, self._lost, self._clients.fell)
         try:
             await client.connect(_CONNECT_TIMEOUT_S)
         except OSError as error:
             where = f"{address.host}:{address.port}"
             logger.warning("replica %s takes turns at %s, which cannot be reached: %s", address.replica, where, error)
             return
-        self._clients[address.replica] = client
+        self._clients.add(address.replica, client)
 
     def _lost(self, client: TurnClient) -> None:
         # A connection that ends late must not take its successor's place.
         if self._clients.get(client.address.replica) is client:
-            del self._clients[client.address.replica]
+            self._clients.remove(client.address.replica)
         self._refreshed_s = float("-inf")

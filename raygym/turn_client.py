@@ -20,16 +20,23 @@ _SILENT_AFTER_S = 30.0
 class TurnClient(Frames):
     """Sends turns to one replica and waits for their answers. Used from one event loop."""
 
-    def __init__(self, address: TurnAddress, lost: Callable[[TurnClient], None]) -> None:
+    def __init__(
+        self,
+        address: TurnAddress,
+        lost: Callable[[TurnClient], None],
+        fell: Callable[[str], None] = lambda replica: None,
+    ) -> None:
         """Not connected yet.
 
         Args:
             address: of the replica.
             lost: called with this client when the replica is gone or hangs.
+            fell: called with the replica when fewer turns are waiting than before.
         """
         super().__init__()
         self.address = address
         self._lost = lost
+        self._fell = fell
         self._futures: dict[int, asyncio.Future[Generation]] = {}
         self._unsent: list[TurnRequest] = []
         self._cancelled: list[int] = []
@@ -82,6 +89,7 @@ class TurnClient(Frames):
             if self._futures.pop(request.number, None) is not None:
                 self._cancelled.append(request.number)
                 self._flush()
+                self._fell(self.address.replica)
             raise
 
     def received(self, frame: bytes) -> None:
@@ -98,6 +106,7 @@ class TurnClient(Frames):
                 future.set_result(answer)
             else:
                 future.set_exception(answer)
+        self._fell(self.address.replica)
 
     def ended(self) -> None:
         """The replica is gone."""

@@ -282,6 +282,42 @@ class TestTurnExchange:
             generated = await exchange(self.PROMPT, SAMPLING, f"s{i}")
             assert generated.token_ids.tolist() == answer("8").token_ids.tolist()
 
+    async def test_new_sessions_go_where_fewest_turns_wait(self, fake_serve: FakeServe) -> None:
+        held: dict[str, asyncio.Event] = {}
+        asked_of: list[str] = []
+
+        async def replica(name: str) -> TurnAddress:
+            async def generate(request: Any) -> Generation:
+                asked_of.append(name)
+                await held.setdefault(request.session_id, asyncio.Event()).wait()
+                return answer(name)
+
+            fake_serve.servers.append(TurnServer(generate))
+            return await fake_serve.servers[-1].address(name, "127.0.0.1")
+
+        fake_serve.listed = [await replica("7"), await replica("8"), await replica("9")]
+        exchange = TurnExchange("d", "a")
+        turns = {}
+
+        async def ask(session: str) -> None:
+            turns[session] = asyncio.ensure_future(exchange(self.PROMPT, SAMPLING, session))
+            async with asyncio.timeout(5):
+                while session not in held:
+                    await asyncio.sleep(0)
+
+        for number in range(5):
+            await ask(f"s{number}")
+        assert asked_of == ["7", "8", "9", "7", "8"]
+        for session in ("s0", "s3"):  # the two of the first replica
+            held[session].set()
+            await turns[session]
+        await ask("s5")
+        await ask("s6")
+        assert asked_of[5:] == ["7", "7"], "which has one turn then, as the last"
+        for session, event in held.items():
+            event.set()
+            await turns[session]
+
 
 async def test_loads_that_cannot_be_had_change_nothing_and_are_asked_again(monkeypatch, caplog):
     answers: list[Any] = [

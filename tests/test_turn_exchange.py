@@ -163,6 +163,28 @@ async def test_cancelled_turns_end_in_the_engine() -> None:
         await until(lambda: p.server.running == client.waiting == 0 and engine.open == {})
 
 
+async def test_it_is_told_when_fewer_turns_wait() -> None:
+    """By answers, failures and deadlines: whoever chooses by it would not look at this replica again."""
+    engine = Engine()
+    async with pair(engine) as p:
+        told: list[tuple[str, int]] = []
+        client = TurnClient(
+            await p.server.address("r1", "127.0.0.1"), p.lost.append, lambda name: told.append((name, client.waiting))
+        )
+        await client.connect(5)
+        asked = [p.asked(client, number) for number in range(3)]
+        await until(lambda: len(engine.open) == 3)
+        assert told == []
+        asked[2].cancel()
+        await until(lambda: told == [("r1", 2)])
+        engine.open[0].set()
+        await asked[0]
+        engine.open[1].set()
+        with pytest.raises(EpisodeFailure, match="odd"):
+            await asked[1]
+        assert told == [("r1", 2), ("r1", 1), ("r1", 0)]
+
+
 async def test_a_bug_of_the_engine_is_an_answer() -> None:
     async def broken(asked: TurnRequest) -> Generation:
         raise KeyError("layer 3")
