@@ -100,12 +100,19 @@ def lost_in_spreads(samples: Mapping[str, Sequence[float]]) -> dict[str, list[fl
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl of one run."""
+    """The rows of metrics.jsonl of one run, on a cluster of its own; it ends with this process."""
     paths = [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "raygym", "train", *arguments, f"runs_dir={runs}", "name=run"]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
+        command = [sys.executable, "-m", "raygym.owned_command", "train", *arguments, f"runs_dir={runs}", "name=run"]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        ) as process:
+            # Not `communicate` or `run`, which close the pipe at once, and with it the run.
+            status = process.wait()
+        if status:
+            sys.exit(f"staleness: {' '.join(command)} ended with exit status {status}")
         text = (Path(runs) / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 

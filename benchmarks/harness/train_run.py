@@ -63,7 +63,7 @@ def train(arguments: Sequence[str], timeout_s: float = 900.0) -> TrainRun:
     # A cluster of its own: one that runs on this machine already has other work.
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as runs, tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs, tempfile.TemporaryFile("w+") as errors:
         started, started_at = time.monotonic(), time.time()
         with subprocess.Popen(
             [*command, f"runs_dir={runs}", "name=run"],
