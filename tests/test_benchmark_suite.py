@@ -678,6 +678,22 @@ def test_every_benchmark_gets_the_calibration(tmp_path: Path, fakes: Path, monke
         assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT) and "RAY_ADDRESS" not in environment
 
 
+def test_what_needs_something_that_is_not_here_is_skipped(tmp_path: Path, fakes: Path) -> None:
+    entries = [
+        Entry("fails", 30, 30, needs=("no_such_engine", "json")),
+        Entry("good", 30, 30, needs=("json",)),
+        Entry("skips", 30, 30, full_needs=("no_such_engine",)),
+    ]
+    run = SuiteRun(entries, Kept(tmp_path / "results"), tmp_path / "logs", scripts=fakes, grace_s=0.5)
+    outcomes = run.run(lambda line: None)
+    assert outcomes["fails"].status == "skipped" and outcomes["good"].status == "done"
+    assert outcomes["fails"].why == "no_such_engine is not installed here; run `make setup` once"
+    assert outcomes["skips"].why == "no such thing", "its quick run does without"
+    assert run.kept.outcomes() == outcomes
+    full = SuiteRun(entries[2:], run.kept, tmp_path / "logs", scripts=fakes, grace_s=0.5, full=True)
+    assert full.run(lambda line: None)["skips"].why.startswith("no_such_engine is not installed")
+
+
 def test_the_suite_has_all_benchmarks() -> None:
     assert {entry.name for entry in ENTRIES} == SCRIPTS - BY_HAND
     for entry in ENTRIES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 CALIBRATION = "calibrate"
 """The one whose figures all others get."""
@@ -20,6 +21,10 @@ class Entry:
     full_s: float
     quick: Sequence[str] = ("--quick",)
     """Its arguments in a quick run. In a full one it has none."""
+    needs: Sequence[str] = ()
+    """Packages, by the name that they are imported by, without which it is skipped."""
+    full_needs: Sequence[str] = ()
+    """More of them in a full run."""
 
     def arguments(self, *, full: bool) -> list[str]:
         """Of the command line."""
@@ -29,19 +34,23 @@ class Entry:
         """Beyond it the benchmark is ended."""
         return self.full_s if full or self.quick_s is None else self.quick_s
 
+    def missing(self, *, full: bool) -> list[str]:
+        """What it needs and is not installed here."""
+        return [name for name in (*self.needs, *(self.full_needs if full else ())) if find_spec(name) is None]
+
 
 # Not among them: soak.py, which takes hours.
 ENTRIES = (
     Entry(CALIBRATION, 180, 300),
-    Entry("serving", 240, 1800),
+    Entry("serving", 240, 1800, needs=("vllm",)),
     Entry("rollout", 300, 3600, quick=("--quick", "--only", "64", "1024", "overhead")),
-    Entry("learner", 240, 5400),
-    Entry("weight_sync", 150, 1800),
-    Entry("end_to_end", 420, 3000),
+    Entry("learner", 240, 5400, needs=("deepspeed",)),
+    Entry("weight_sync", 150, 1800, needs=("deepspeed",), full_needs=("vllm",)),
+    Entry("end_to_end", 420, 3000, needs=("deepspeed", "vllm")),
     Entry("scale", 150, 1200),
     Entry("nemo_gym", 180, 1800),
     Entry("environments", 90, 300),
     Entry("rollout_faults", None, 1200),
-    Entry("staleness", None, 5400),
-    Entry("calibrate_simulated", None, 1800),
+    Entry("staleness", None, 5400, needs=("deepspeed", "vllm")),
+    Entry("calibrate_simulated", None, 1800, needs=("vllm",)),
 )

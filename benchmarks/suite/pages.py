@@ -36,7 +36,7 @@ one schema (`harness/result.py`).
   whether a ratio of the last `make bench` is worse than the committed one by more than noise, or its benchmark failed.
 - Where it says **simulated**, no model generates: the engine's times are drawn, and everything around it is real.
   `scale` has a virtual clock as well.
-- One that needs what is not here is skipped and says so: TRL (`make trl`), NeMo Gym (`make nemo-gym`).
+- One that needs what is not here is skipped and says so: TRL (`make trl`), NeMo Gym (`make nemo-gym`), vLLM, DeepSpeed.
 - What is measured by hand, such as the soak and the demo, is in [the measurements](../docs/measurements.md).
 """
 

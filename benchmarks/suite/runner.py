@@ -73,6 +73,11 @@ class SuiteRun:
             outcome = self._not_run(entry, f"the {(self.within_s or 0) / 60:.0f} minutes of all together were over")
             self.kept.keep(entry.name, outcome, None)
             return outcome
+        if missing := entry.missing(full=self.full):
+            why = f"{' and '.join(missing)} is not installed here; run `make setup` once"
+            outcome = Outcome(status="skipped", seconds=0.0, limit_s=limit_s, why=why)
+            self.kept.keep(entry.name, outcome, None)
+            return outcome
         script = self.scripts / f"{entry.name}.py"
         ended = run_benchmark(
             entry.name,
