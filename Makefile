@@ -61,7 +61,7 @@ bench-full: setup
 bench-pages: setup
 	@$(BIN)/python benchmarks/suite pages $(BENCH_ARGS)
 
-# Fails if a ratio of the last `make bench` is worse than the committed one by more than noise.
+# Fails if a ratio of the last `make bench` is worse than the committed one by more than noise, or its benchmark failed.
 bench-compare: setup
 	@$(BIN)/python benchmarks/suite compare $(BENCH_ARGS)
 

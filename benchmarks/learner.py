@@ -102,7 +102,10 @@ def main() -> None:
         samples: dict[str, list[float]] = {}
         for name in options.only or list(MEASUREMENTS):
             samples |= MEASUREMENTS[name](run)
-    report("learner", samples | totals(samples), config=f"{model}, fp32, {threads()} threads, TRL 1.16.0")
+    config = f"{model}, fp32, {threads()} threads, TRL 1.16.0"
+    if options.learner:
+        config += f", learner {json.dumps(options.learner)}"
+    report("learner", samples | totals(samples), config=config)
 
 
 def workload(run: Run, name: str) -> dict[str, list[float]]:

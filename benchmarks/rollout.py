@@ -31,7 +31,7 @@ def main() -> None:
     """Measure, then report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one repetition of the first measurement only")
-    parser.add_argument("--only", nargs="+", default=[], help="names of measurements")
+    parser.add_argument("--only", nargs="+", default=[], choices=list(MEASUREMENTS), help="names of measurements")
     options = parser.parse_args()
     calibrate()
     repetitions = 1 if options.quick else 3

@@ -29,6 +29,7 @@ from raygym.models import resolve_policy
 from raygym.types import Sampling
 
 PROMPT, ANSWER = 64, 32
+LEVELS = [1, 8, 32]
 # No prefix cache: two of the paths share an engine, and the second would find the first one's prompts in it.
 _ENGINE = {"max_model_len": 512, "enable_prefix_caching": False}
 Send = Callable[[int], Awaitable[int]]
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one repetition and fewer requests")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
+    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="requests at once")
     options = parser.parse_args()
     calibrate()
     repetitions, rounds = (1, 1) if options.quick else (3, 1)
@@ -53,9 +54,10 @@ def main() -> None:
         at_levels = [f"{path}_tokens_over_vllm_{level}" for level in options.levels]
         samples[f"{path}_tokens_over_vllm"] = worst(samples, at_levels)
     samples |= turn_prompts(options.model)
-    report(
-        "serving", samples, config=f"{options.model}, {PROMPT} prompt tokens, up to {ANSWER} answer tokens, 1 replica"
-    )
+    config = f"{options.model}, {PROMPT} prompt tokens, up to {ANSWER} answer tokens, 1 replica"
+    if sorted(options.levels) != LEVELS:
+        config += f", {' and '.join(map(str, sorted(options.levels)))} at once"
+    report("serving", samples, config=config)
 
 
 async def measure(
