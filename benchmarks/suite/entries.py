@@ -42,6 +42,7 @@ ENTRIES = (
     Entry("nemo_gym", 180, 1800),
     Entry("environments", 90, 300),
     Entry("rollout_faults", None, 1200),
+    Entry("generation", None, 1800),
     Entry("staleness", None, 5400),
     Entry("calibrate_simulated", None, 1800),
 )
