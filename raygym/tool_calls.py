@@ -7,11 +7,8 @@ read by it, the others by the one below that fits their chat template.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from transformers.utils.chat_parsing import parse_response
-from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from raygym.types import Message
 
@@ -105,7 +102,14 @@ class ToolCalls:
                 f"{', '.join(_FORMATS)}, or a tokenizer with a response_template"
             )
         spec = template or _FORMATS.get(parser)
-        self._template = load_response_template(dict(spec)) if spec and tools else None
+        self._parse: Callable[[str], Any] | None = None
+        if spec and tools:
+            # Most of a second to import, in each process that names a class which may parse calls.
+            from transformers.utils.chat_parsing import parse_response
+            from transformers.utils.chat_parsing.response_templates import load_response_template
+
+            read = load_response_template(dict(spec))
+            self._parse = lambda text: parse_response(text, read, prefix="", tools=self._tools)
 
     def message(self, text: str, call_ids: str) -> Message:
         """The assistant's message for `text`: its content and, where it calls tools, `tool_calls` in OpenAI's form.
@@ -117,10 +121,10 @@ class ToolCalls:
             text: what was generated, markers of calls included, without the end of turn.
             call_ids: eight letters or digits that begin the calls' IDs; one more makes each unique in the message.
         """
-        if self._template is None:
+        if self._parse is None:
             return {"role": "assistant", "content": text}
         try:
-            parsed = parse_response(text, self._template, prefix="", tools=self._tools)
+            parsed = self._parse(text)
             calls = [_call(found) for key in ("tool_calls", "listed_calls") for found in parsed.get(key) or ()]
         except (ValueError, KeyError, TypeError):  # what a malformed call raises in there
             calls = []

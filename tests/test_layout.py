@@ -53,11 +53,12 @@ def test_only_the_command_line_reaches_into_the_ray_layer(path):
 
 
 @pytest.mark.ray
-def test_the_driver_loads_no_pytorch():
+def test_the_driver_loads_neither_pytorch_nor_transformers():
     # Everybody waits for it, and it only names the classes of its actors.
-    code = "import sys, raygym.actors.runs, raygym.actors.rollout_command; print('torch' in sys.modules)"
+    code = "import sys, raygym.actors.runs, raygym.actors.rollout_command\n"
+    code += "print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 @only_long

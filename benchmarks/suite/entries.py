@@ -53,4 +53,5 @@ ENTRIES = (
     Entry("rollout_faults", None, 1200),
     Entry("staleness", None, 5400, needs=("deepspeed", "vllm")),
     Entry("calibrate_simulated", None, 1800, needs=("vllm",)),
+    Entry("generation", None, 1800, needs=("vllm",)),
 )
