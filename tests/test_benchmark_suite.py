@@ -31,6 +31,7 @@ from suite.goals import Goal, load_goals
 from suite.noise import noise_of
 from suite.outcomes import Kept, Outcome
 from suite.pages import BEGIN, END, Pages
+from suite.process import interrupt
 from suite.runner import SuiteRun
 from suite.table import as_markdown, as_text, number, rows
 
@@ -569,24 +570,27 @@ def test_one_that_hangs_may_clean_up_and_is_ended_with_all_that_it_started(tmp_p
     gone(int((tmp_path / "child").read_text()))
 
 
-def test_what_a_benchmark_started_in_sessions_of_its_own_is_ended_too(tmp_path: Path, fakes: Path) -> None:
+def test_what_a_benchmark_started_in_sessions_of_its_own_is_ended_too(tmp_path: Path) -> None:
     """As NeMo Gym's servers are: a signal to the benchmark's group does not reach them."""
-    (fakes / "apart.py").write_text(
+    (tmp_path / "apart.py").write_text(
         "import subprocess, time\n"
         "sleep = ['sh', '-c', 'trap : INT; sleep 600 & wait; sleep 600']\n"
         f"pids, children = open({str(tmp_path / 'children')!r}, 'w'), []\n"
         "def start():\n"
         "    children.append(subprocess.Popen(sleep, start_new_session=True))\n"
         "    print(children[-1].pid, file=pids, flush=True)\n"
-        "start()\n"
-        "try:\n    time.sleep(600)\n"
+        "try:\n    start()\n    time.sleep(600)\n"
         "except KeyboardInterrupt:\n    start()\n    time.sleep(600)\n"
     )
-    outcomes = suite_of(["apart", "good"], tmp_path, fakes, limit_s=2.0).run(lambda line: None)
-    assert outcomes["apart"].status == "over" and outcomes["good"].status == "done"
-    children = (tmp_path / "children").read_text().split()
-    assert len(children) == 2
-    for pid in children:
+    children = tmp_path / "children"
+    with subprocess.Popen([sys.executable, str(tmp_path / "apart.py")], start_new_session=True) as benchmark:
+        deadline = time.monotonic() + 60
+        while not (children.exists() and children.read_text()):
+            assert benchmark.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        interrupt(benchmark, 1.0)
+    assert benchmark.returncode == -signal.SIGKILL
+    for pid in children.read_text().split():
         gone(int(pid))
 
 

@@ -77,9 +77,9 @@ def run_benchmark(
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
             over = True
-            _interrupt(process, grace_s)
+            interrupt(process, grace_s)
         except BaseException:
-            _interrupt(process, grace_s)
+            interrupt(process, grace_s)
             raise
         finally:
             with suppress(ProcessLookupError):
@@ -111,7 +111,7 @@ def _ended_well(name: str, out: Path, times: Mapping[str, Any]) -> Ended:
     return Ended(Outcome(status="done", **times), found)
 
 
-def _interrupt(process: subprocess.Popen[bytes], grace_s: float) -> None:
+def interrupt(process: subprocess.Popen[bytes], grace_s: float) -> None:
     """As Ctrl-C would, so that it stops its cluster and its servers; then kill what is left.
 
     Some of what it has started is in sessions of its own, such as NeMo Gym's servers. And a run of `raygym train` may
