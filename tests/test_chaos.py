@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -150,6 +151,16 @@ def in_use() -> str:
     return "\n".join(path for path in found if path.startswith("/dev/shm"))
 
 
+def shared_memory_left(before: set[str]) -> list[str]:
+    """What is new in /dev/shm and nobody's, also after a while: other runs on this machine come and go, too."""
+    left, deadline = shared_memory() - before, time.monotonic() + 10
+    while left and time.monotonic() < deadline:
+        time.sleep(0.5)
+        used = in_use()
+        left = {name for name in left & shared_memory() if name not in used}
+    return [f"/dev/shm/{name}" for name in sorted(left)]
+
+
 def play(folder: Path, temporary: Path, seed: int, trouble: Trouble) -> Ended:
     """One run, from its start to its end."""
     settings = {
@@ -193,7 +204,7 @@ def play(folder: Path, temporary: Path, seed: int, trouble: Trouble) -> Ended:
                 )  # fmt: skip
                 ends.enter_context(monkey)
     left = leftovers(mark)
-    left += [f"/dev/shm/{name}" for name in shared_memory() - before if name not in in_use()]
+    left += shared_memory_left(before)
     # Ray keeps its logs, and PyTorch a cache.
     left += [str(entry) for entry in temporary.iterdir() if not entry.name.startswith(("ray", "torchinductor_"))]
     fired = Claims(claims_folder(plan)).fired()
