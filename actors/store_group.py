@@ -189,11 +189,14 @@ class StoreGroup:
         return sent
 
     def _regroup(self) -> None:
-        """Make learner 0 and the other nodes' stores one group, where they are not."""
-        members = tuple(sorted(set(self._stores) - {self._sender_node}))
-        if members == self._members:
-            return
-        self._members = None
+        """Make learner 0 and the other nodes' stores one group, where they are not. One that does not join drops out."""
+        while (members := tuple(sorted(set(self._stores) - {self._sender_node}))) != self._members:
+            self._members = None
+            if self._join(members):
+                self._members = members
+
+    def _join(self, members: Sequence[str]) -> bool:
+        """Whether all of them are in a new group."""
         # Names are used once: Ray remembers a group by its name until every member has left it.
         name, size = f"raygym-weights-{uuid.uuid4().hex[:12]}", len(members) + 1
         joining = [
@@ -203,12 +206,14 @@ class StoreGroup:
         group = name if members else ""
         self._learners.call_first("join_weight_group", group, size, self._timeout_s, timeout_s=2 * self._timeout_s)
         self.calls += len(joining) + 1
-        for reference in joining:
+        joined = True
+        for node, reference in zip(members, joining, strict=True):
             try:
                 ray.get(reference, timeout=self._timeout_s)
             except RayError as error:
-                raise LearnerError(f"a weight store did not join the group: {error}") from error
-        self._members = members
+                self._lost(node, error)
+                joined = False
+        return joined
 
     def _open(self) -> None:
         store = self._stores[self._sender_node]
