@@ -189,7 +189,7 @@ class StoreGroup:
         return sent
 
     def _regroup(self) -> None:
-        """Make learner 0 and the other nodes' stores one group, where they are not. One that does not join drops out."""
+        """Make learner 0 and the other nodes' stores one group, where they are not. Who does not join drops out."""
         while (members := tuple(sorted(set(self._stores) - {self._sender_node}))) != self._members:
             self._members = None
             if self._join(members):
