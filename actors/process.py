@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -36,8 +37,7 @@ def keep_files_in_session() -> None:
     """Temporary files of an engine go with Ray's session directory; see `engine_files`. Nothing outside an actor."""
     if not _is_actor():
         return
-    node = ray._private.worker._global_node
-    assert node is not None, "an actor is on one"
+    node: Any = ray._private.worker._global_node
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # with PyTorch, which the engine needs anyway
 
     use_folder_of(Path(node.get_session_dir_path()), default_cache_dir())
