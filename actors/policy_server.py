@@ -57,6 +57,7 @@ async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
 
     parser = tool_parser(config.tool_parser, model_dir)
     engine = VLLMEngine(model_dir, config.model, stops, config.vllm, parser)
+    await engine.leave_nothing()
     await engine.set_version(0)
     return engine
 
