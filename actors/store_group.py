@@ -61,6 +61,11 @@ class StoreGroup:
         self.calls = 0
         """Remote calls that were made."""
 
+    @property
+    def sender_node(self) -> str:
+        """Learner 0's."""
+        return self._sender_node
+
     def paths(self, slot: int) -> dict[str, str]:
         """Node -> the file of a slot there."""
         return {node: store.paths[slot] for node, store in self._stores.items()}
@@ -103,9 +108,13 @@ class StoreGroup:
         new: set[str] = set()
         # Learner 0's first: the others copy from it.
         for node in sorted(references, key=lambda node: node != self._sender_node):
+            copies = current is not None and node != self._sender_node
+            if copies and self._sender_node not in self._stores:  # lost meanwhile, so there is nothing to copy from
+                ray.kill(starting[node])
+                continue
             try:
                 store = _Store(starting[node], *ray.get(references[node], timeout=_START_TIMEOUT_S))
-                if current is not None and node != self._sender_node:
+                if copies:
                     source = self._stores[self._sender_node].actor
                     self.calls += 1
                     ray.get(store.actor.pull.remote(source, current, self._timeout_s), timeout=self._timeout_s)
@@ -113,7 +122,9 @@ class StoreGroup:
                 ray.kill(starting[node])
                 inner = error.cause if isinstance(error, RayTaskError) else error
                 if node != self._sender_node:
-                    self._put_off(node, error)
+                    # Nobody else finds out about learner 0's, where its node has no replica.
+                    if not (copies and self.check({self._sender_node})):
+                        self._put_off(node, error)
                     continue
                 self._why = cause(error)
                 for other in set(starting) - set(self._stores) - {node}:  # they have nothing to copy from
@@ -151,9 +162,10 @@ class StoreGroup:
                 self._members = None  # whoever is left meets again
         raise AssertionError("unreachable")
 
-    def check(self) -> set[str]:
-        """Drop the stores that do not answer; returns their nodes."""
-        references = {node: store.actor.ping.remote() for node, store in self._stores.items()}
+    def check(self, nodes: Collection[str] | None = None) -> set[str]:
+        """Drop the stores, all or those of these nodes, that do not answer; returns their nodes."""
+        asked = self._stores if nodes is None else {node: self._stores[node] for node in nodes}
+        references = {node: store.actor.ping.remote() for node, store in asked.items()}
         self.calls += len(references)
         done, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=_PING_TIMEOUT_S)
         lost = set()

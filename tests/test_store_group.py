@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from raygym.actors import store_group, weight_store
 from raygym.actors.store_group import StoreGroup
@@ -39,9 +39,16 @@ class Store:
         self.received = 0
         self.killed = False
         self.slots = Call(lambda: ([f"/{node}/0", f"/{node}/1"], 8))
-        self.ping = Call(lambda: True)
+        self.dead = False
+        self.ping = Call(lambda: self._alive(True))
+        self.pull = Call(lambda source, slot, timeout_s: source._alive(None))
         self.join = Call(self._join)
         self.receive = Call(self._receive)
+
+    def _alive(self, answer: Any) -> Any:
+        if self.dead:
+            raise RayActorError
+        return answer
 
     def _join(self, name: str, rank: int, size: int, timeout_s: float) -> None:
         if self.fails:
@@ -104,6 +111,19 @@ def test_a_store_that_is_lost_while_it_joins_costs_no_learner(stores: dict[str, 
     assert group.ensure({"a", "b", "c"}) == {"b"}, "another one takes its place"
     group.send(0, range(4), Sending())
     assert [size for _, size in learners.groups] == [3, 2, 3]
+    health.close()
+
+
+def test_a_newcomer_finds_out_that_learner_0s_store_is_lost(stores: dict[str, list[Store]]) -> None:
+    """Where its node has no replica, nobody else looks: the newcomer would be put off again and again."""
+    learners, health = Learners(), WeightHealth()
+    group = StoreGroup(MANIFEST, learners, 10, health)  # type: ignore[arg-type]
+    group.ensure({"c", "d"})
+    stores["a"][0].dead = True
+    assert group.ensure({"c", "d", "e", "f"}, current=1) == {"a", "e", "f"}, "who has lost what he held is told"
+    assert [len(stores[node]) for node in "acdef"] == [2, 1, 1, 2, 2]
+    assert stores["a"][0].killed and stores["e"][0].killed and stores["f"][0].killed
+    assert set(group.paths(1)) == set("acdef")
     health.close()
 
 
