@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from raygym.actors import store_group, weight_store
+from raygym.actors import collective, store_group, weight_store
 from raygym.actors.store_group import StoreGroup
 from raygym.actors.weight_health import WeightHealth
 from raygym.actors.weight_store import WeightStore
@@ -140,11 +140,28 @@ def test_what_is_received_stays_in_the_group_that_it_began_in(monkeypatch: pytes
         elif group != "second":
             raise CollectiveTimeout(f"group {group} is gone")
 
-    collective = SimpleNamespace(
-        broadcast_bytes=broadcast_bytes, join_group=lambda *_: None, leave_group=lambda *_: None
-    )
-    monkeypatch.setattr(weight_store, "_collective", lambda: collective)
+    module = SimpleNamespace(broadcast_bytes=broadcast_bytes, join_group=lambda *_: None, leave_group=lambda *_: None)
+    monkeypatch.setattr(weight_store, "_collective", lambda: module)
     store.join("first", 1, 2, 1.0)
     with pytest.raises(CollectiveTimeout, match="first"):
         store.receive(1, range(4))
     assert taken == ["first", "first"]
+
+
+def test_a_group_whose_members_do_not_come_leaves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: set[bytes] = set()
+
+    def put(key: bytes, record: bytes, overwrite: bool, namespace: bytes) -> None:
+        keys.add(key)
+
+    monkeypatch.setattr(collective, "_internal_kv_put", put)
+    monkeypatch.setattr(collective, "_internal_kv_del", lambda key, namespace: keys.remove(key))
+    monkeypatch.setattr(collective.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(collective.GlooGroup, "timeout_s", 0.5)
+    with pytest.raises(RuntimeError):
+        collective.GlooGroup(2, 0, "alone")
+    assert keys == set()
+    alone = collective.GlooGroup(1, 0, "one")
+    assert keys == {b"one"}
+    alone.destroy_group()
+    assert keys == set()
