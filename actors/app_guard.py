@@ -156,14 +156,14 @@ def remove_patiently(app: str, ends_serve: bool) -> None:
 def remove(app: str, ends_serve: bool) -> None:
     """Delete an application; with `ends_serve` Serve itself, too, where nothing else is deployed."""
     if serve_runs():
-        serve.delete(app, _blocking=True)
+        serving.undeploy(app.removeprefix(serving.app_name("")))
         if ends_serve:
             end_unused_serve()
 
 
 def end_unused_serve() -> None:
     """End Serve's controller and proxies, which are detached actors, unless somebody has an application there."""
-    if serve_runs() and not serve.status().applications:
+    if serve_runs() and not serving.applications():
         serve.shutdown()
 
 

@@ -31,6 +31,8 @@ _PATIENCE = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
+# gloo, in learners and in engines, listens where the machine's name leads, which may be a network.
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 _STARTS = 3
 _GUARD_TIMEOUT_S = 60.0
 _TOKEN_FILE = Path(".ray") / "auth_token"
@@ -134,7 +136,7 @@ def connect() -> None:
             options.pop("runtime_env")
         _init(address="auto", **options)
         return
-    for name, value in _PATIENCE.items():
+    for name, value in (_PATIENCE | _LOOPBACK).items():
         os.environ.setdefault(name, value)
     _logs, _own = None, _OwnCluster()
     cluster_allowed = ray_constants.ENABLE_RAY_CLUSTER

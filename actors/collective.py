@@ -45,12 +45,19 @@ class GlooGroup(BaseGroup):
         self._deadline = timedelta(seconds=self.timeout_s)
         self._key = f"{group_name}".encode()
         self._tcp_store = self._open_store() if rank == 0 else self._find_store()
-        store = dist.PrefixStore(group_name, self._tcp_store)
+        try:
+            self._group = self._connect()
+        except BaseException:  # a group that never was is not destroyed, and its key would stay with the cluster
+            self._forget_store()
+            raise
+
+    def _connect(self) -> Any:
+        store = dist.PrefixStore(self.group_name, self._tcp_store)
         options = dist.ProcessGroupGloo._Options()
         options._timeout = self._deadline
         # By default it listens where the machine's name leads, which is its loopback interface on many.
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
-        self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
+        return dist.ProcessGroupGloo(store, self.rank, self.world_size, options)
 
     def _open_store(self) -> Any:
         listening = listen(ray.util.get_node_ip_address())
@@ -72,6 +79,10 @@ class GlooGroup(BaseGroup):
         where = json.loads(record)
         return bound_store((where["host"], where["port"]), self.world_size, self._deadline)
 
+    def _forget_store(self) -> None:
+        if self.rank == 0:
+            _internal_kv_del(self._key, namespace=_NAMESPACE)
+
     @classmethod
     def backend(cls) -> str:
         """The name under which Ray knows this backend."""
@@ -84,8 +95,7 @@ class GlooGroup(BaseGroup):
 
     def destroy_group(self) -> None:
         """Close the connections; rank 0 also removes the key by which it was found."""
-        if self.rank == 0:
-            _internal_kv_del(self._key, namespace=_NAMESPACE)
+        self._forget_store()
         self._group.shutdown()
         del self._group, self._tcp_store
 

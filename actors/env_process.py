@@ -23,6 +23,7 @@ from raygym.types import EpisodeFailure, FailureKind, Message, Task
 logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 120.0
 _CLOSE_TIMEOUT_S = 6.0
+_ANSWER_TIMEOUT_S = 10.0
 # The process keeps the deadline itself and says what missed it; only one that is stuck whole gets this much more.
 _GRACE_S = 1.0
 
@@ -63,6 +64,8 @@ class ProcessHost:
         self.tools: list[dict[str, Any]] = []
         self.usable = True
         """Whether the process can host another environment: all its calls came back, none out of memory."""
+        self.died = False
+        """The process is gone."""
 
     async def reset(self, task: Task, timeout_s: float) -> list[Message]:
         """See `Host`."""
@@ -104,7 +107,7 @@ class ProcessHost:
             self.usable = False
             raise EpisodeFailure(FailureKind.ENV_ERROR, f"env.{what} raised {type(cause).__name__}: {cause}") from None
         except RayActorError as error:
-            self.usable = False
+            self.usable, self.died = False, True
             first = str(error).strip().splitlines()[0]
             raise EpisodeFailure(FailureKind.ENV_LOST, f"its process died in env.{what}: {first}") from None
 
@@ -116,6 +119,8 @@ class EnvProcesses:
         self._config = config
         self._places = asyncio.Semaphore(config.processes or 2 * (os.cpu_count() or 1))
         self._idle: list[Any] = []
+        # Idle ones, when another one died: a machine takes all with it, which no episode should find out one by one.
+        self._doubtful: list[Any] = []
         self._backoff = Backoff(first_s=0.5, most_s=30.0)
 
     @asynccontextmanager
@@ -126,7 +131,7 @@ class EnvProcesses:
             EpisodeFailure: `env_lost`, the process did not start.
         """
         async with self._places:
-            process = self._idle.pop() if self._idle else await self._start()
+            process = self._idle.pop() if self._idle else await self._proven() or await self._start()
             host = ProcessHost(process)
             try:
                 yield host
@@ -135,6 +140,24 @@ class EnvProcesses:
                     self._idle.append(process)
                 else:
                     ray.kill(process)
+                if host.died:
+                    self._doubtful += self._idle
+                    self._idle = []
+
+    async def _proven(self) -> Any:
+        """A doubtful one that answers; None: there is none."""
+        while self._doubtful:
+            process = self._doubtful.pop()
+            try:
+                await within(asyncio.wrap_future(process.ready.remote().future()), _ANSWER_TIMEOUT_S)
+            except (DeadlineMissed, RayError):
+                ray.kill(process)
+            except asyncio.CancelledError:
+                self._doubtful.append(process)
+                raise
+            else:
+                return process
+        return None
 
     async def _start(self) -> Any:
         # A process that dies again and again must not be started again and again at full speed.

@@ -228,6 +228,10 @@ class Learner:
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
+    def ping(self) -> int:
+        """A sign of life: the rank."""
+        return self.rank
+
     def weight_specs(self) -> list[tuple[str, tuple[int, ...]]]:
         """Hugging Face name and whole shape of every parameter, in order; a tied tensor once, under its first name."""
         return [(name, weight.shape) for name, weight in policy_weights(self.policy).items()]

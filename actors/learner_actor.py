@@ -27,7 +27,7 @@ class LearnerActor:
 
     def ping(self) -> int:
         """A sign of life: the rank."""
-        return self._learner.rank
+        return self._learner.ping()
 
     def call(self, method: str, *args: Any) -> Any:
         """What the method of `Learner` returns or raises."""

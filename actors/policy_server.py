@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 from ray import serve
 from ray.exceptions import RayError
 
-from raygym.actors.process import settle_process
+from raygym.actors.process import keep_files_in_session, settle_process
 from raygym.actors.simulated_deaths import claim_death
 from raygym.admission import FencedError
 from raygym.api import prometheus
@@ -50,11 +50,14 @@ async def start_engine(config: PolicyConfig, model_dir: str) -> Engine:
         app = serve.get_replica_context().app_name
         may_die = partial(claim_death, app, simulated.deaths)
         return SimulatedEngine(simulated, stops, model_dir, config.model, may_die)
+    # Before vLLM, which decides on its files when it is imported.
+    keep_files_in_session()
     # vLLM takes ten seconds to import; only a replica that serves it pays.
     from raygym.actors.vllm_engine import VLLMEngine
 
     parser = tool_parser(config.tool_parser, model_dir)
     engine = VLLMEngine(model_dir, config.model, stops, config.vllm, parser)
+    await engine.leave_nothing()
     await engine.set_version(0)
     return engine
 

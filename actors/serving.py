@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.context import _get_global_client as get_global_client
@@ -38,7 +38,7 @@ _CPU_ENGINE_ENV = {
 # Blocks of 32 tokens, the smallest that vLLM takes on CPU: its default of 128 caches nothing of a short history.
 _CPU_ENGINE_OPTIONS: dict[str, Any] = {"enforce_eager": True, "dtype": "float32", "block_size": 32}
 _CPU_BATCH_TOKENS = 4096
-_SCALE_TIMEOUT_S = 30.0
+_CONTROLLER_TIMEOUT_S = 30.0
 _UNDEPLOY_TIMEOUT_S = 120.0
 _EVERY_ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -179,8 +179,8 @@ def deploy(
 
 def _replica_error(app: str) -> str:
     """What the exception said that ended the last replica, on one line; Serve itself says only that it failed."""
-    status = serve.status().applications.get(app)
-    text = status.deployments[DEPLOYMENT].message if status and DEPLOYMENT in status.deployments else ""
+    deployments = applications().get(app, {}).get("deployments", {})
+    text = str(deployments.get(DEPLOYMENT, {}).get("message", ""))
     lines = text.rstrip().splitlines()
     raised = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     said = lines[raised[-1] :] if raised else []
@@ -199,28 +199,45 @@ def scale(run_name: str, replicas: int) -> None:
 
     Raises:
         ConfigError: nothing of this name is deployed, or there would be no replica.
+        TimeoutError: Serve does not answer.
     """
     if replicas < 1:
         raise ConfigError(f"policy.replicas: {replicas} leaves nobody to take turns; expected 1 or more")
     app = app_name(run_name)
-    if app not in serve.status().applications:
+    if app not in applications():
         raise ConfigError(f"name: no run {run_name} is deployed on this cluster; expected a run that is going on")
     # What Serve's own HTTP endpoint for scalers calls; that one needs the cluster's dashboard.
-    client = get_global_client()
-    assert client is not None, "its status was told just now"
-    target = DeploymentID(name=DEPLOYMENT, app_name=app)
-    ray.get(client._controller.update_deployment_replicas.remote(target, replicas), timeout=_SCALE_TIMEOUT_S)
+    _ask_controller("update_deployment_replicas", DeploymentID(name=DEPLOYMENT, app_name=app), replicas)
 
 
 def wanted_replicas(run_name: str) -> int | None:
     """How many replicas a deployed PolicyServer is to have now; None where Serve does not say."""
     try:
-        client = get_global_client()
-        assert client is not None, "a session deploys before it asks"
-        deployments = client.get_serve_details()["applications"][app_name(run_name)]["deployments"]
-        return int(deployments[DEPLOYMENT]["target_num_replicas"])
-    except (RayServeException, RayError, KeyError, AssertionError):
+        return int(applications()[app_name(run_name)]["deployments"][DEPLOYMENT]["target_num_replicas"])
+    except (RayServeException, RayError, TimeoutError, KeyError):
         return None
+
+
+def applications() -> dict[str, Any]:
+    """What Serve tells of its applications, by name; none where it does not run.
+
+    Raises:
+        TimeoutError: its controller does not answer. Serve's own ways to ask it wait without end.
+    """
+    if get_global_client(raise_if_no_controller_running=False) is None:
+        return {}
+    details: dict[str, Any] = _ask_controller("get_serve_instance_details")
+    found: dict[str, Any] = details["applications"]
+    return found
+
+
+def _ask_controller(method: str, *args: Any) -> Any:
+    client = get_global_client()
+    assert client is not None, "without one it raises"
+    try:
+        return ray.get(getattr(client._controller, method).remote(*args), timeout=_CONTROLLER_TIMEOUT_S)
+    except GetTimeoutError:
+        raise TimeoutError(f"Serve's controller gave no answer within {_CONTROLLER_TIMEOUT_S:g} s ({method})") from None
 
 
 def undeploy(run_name: str, timeout_s: float = _UNDEPLOY_TIMEOUT_S) -> None:

@@ -61,6 +61,11 @@ class StoreGroup:
         self.calls = 0
         """Remote calls that were made."""
 
+    @property
+    def sender_node(self) -> str:
+        """Learner 0's."""
+        return self._sender_node
+
     def paths(self, slot: int) -> dict[str, str]:
         """Node -> the file of a slot there."""
         return {node: store.paths[slot] for node, store in self._stores.items()}
@@ -103,9 +108,13 @@ class StoreGroup:
         new: set[str] = set()
         # Learner 0's first: the others copy from it.
         for node in sorted(references, key=lambda node: node != self._sender_node):
+            copies = current is not None and node != self._sender_node
+            if copies and self._sender_node not in self._stores:  # lost meanwhile, so there is nothing to copy from
+                ray.kill(starting[node])
+                continue
             try:
                 store = _Store(starting[node], *ray.get(references[node], timeout=_START_TIMEOUT_S))
-                if current is not None and node != self._sender_node:
+                if copies:
                     source = self._stores[self._sender_node].actor
                     self.calls += 1
                     ray.get(store.actor.pull.remote(source, current, self._timeout_s), timeout=self._timeout_s)
@@ -113,7 +122,9 @@ class StoreGroup:
                 ray.kill(starting[node])
                 inner = error.cause if isinstance(error, RayTaskError) else error
                 if node != self._sender_node:
-                    self._put_off(node, error)
+                    # Nobody else finds out about learner 0's, where its node has no replica.
+                    if not (copies and self.check({self._sender_node})):
+                        self._put_off(node, error)
                     continue
                 self._why = cause(error)
                 for other in set(starting) - set(self._stores) - {node}:  # they have nothing to copy from
@@ -151,9 +162,10 @@ class StoreGroup:
                 self._members = None  # whoever is left meets again
         raise AssertionError("unreachable")
 
-    def check(self) -> set[str]:
-        """Drop the stores that do not answer; returns their nodes."""
-        references = {node: store.actor.ping.remote() for node, store in self._stores.items()}
+    def check(self, nodes: Collection[str] | None = None) -> set[str]:
+        """Drop the stores, all or those of these nodes, that do not answer; returns their nodes."""
+        asked = self._stores if nodes is None else {node: self._stores[node] for node in nodes}
+        references = {node: store.actor.ping.remote() for node, store in asked.items()}
         self.calls += len(references)
         done, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=_PING_TIMEOUT_S)
         lost = set()
@@ -189,11 +201,14 @@ class StoreGroup:
         return sent
 
     def _regroup(self) -> None:
-        """Make learner 0 and the other nodes' stores one group, where they are not."""
-        members = tuple(sorted(set(self._stores) - {self._sender_node}))
-        if members == self._members:
-            return
-        self._members = None
+        """Make learner 0 and the other nodes' stores one group, where they are not. Who does not join drops out."""
+        while (members := tuple(sorted(set(self._stores) - {self._sender_node}))) != self._members:
+            self._members = None
+            if self._join(members):
+                self._members = members
+
+    def _join(self, members: Sequence[str]) -> bool:
+        """Whether all of them are in a new group."""
         # Names are used once: Ray remembers a group by its name until every member has left it.
         name, size = f"raygym-weights-{uuid.uuid4().hex[:12]}", len(members) + 1
         joining = [
@@ -203,12 +218,14 @@ class StoreGroup:
         group = name if members else ""
         self._learners.call_first("join_weight_group", group, size, self._timeout_s, timeout_s=2 * self._timeout_s)
         self.calls += len(joining) + 1
-        for reference in joining:
+        joined = True
+        for node, reference in zip(members, joining, strict=True):
             try:
                 ray.get(reference, timeout=self._timeout_s)
             except RayError as error:
-                raise LearnerError(f"a weight store did not join the group: {error}") from error
-        self._members = members
+                self._lost(node, error)
+                joined = False
+        return joined
 
     def _open(self) -> None:
         store = self._stores[self._sender_node]

@@ -6,6 +6,8 @@ import json
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import util
+from multiprocessing.synchronize import SemLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +69,16 @@ class WeightLoader:
             self.reload_weights(weights_iterator=stream())  # type: ignore[attr-defined]
         return model_checksum(checksums)
 
+    def raygym_unname_semaphores(self) -> int:
+        """Take the names of this process's semaphores away, which a kill would leave in /dev/shm; how many there were.
+
+        They work on: whoever needed the name has opened it by now. Python itself does so where processes are forked.
+        """
+        named = [end for end in list(util._finalizer_registry.values()) if end._callback is SemLock._cleanup]  # type: ignore[attr-defined]
+        for end in named:
+            end()
+        return len(named)
+
 
 def _tied_names(model: torch.nn.Module) -> dict[str, list[str]]:
     names_by_tensor: dict[int, list[str]] = defaultdict(list)
@@ -127,6 +139,10 @@ class VLLMEngine:
         """Label what is generated from now on. Call it only while nothing is scheduled."""
         await self._llm.update_weight_version(str(version))
         self.weight_version = version
+
+    async def leave_nothing(self) -> None:
+        """Whatever ends the engine's processes. Call it once they have started."""
+        await self._llm.collective_rpc("raygym_unname_semaphores")
 
     async def generate(self, prompt_token_ids: Int32Array, sampling: Sampling, request_id: str) -> Generation:
         """One continuation with its logprobs (after temperature) and weight versions."""

@@ -70,17 +70,18 @@ class WeightStore:
         """
         import torch
 
-        collective = _collective()
+        # One that is left over of a broken group must take nothing from the next, which may be joined meanwhile.
+        collective, group = _collective(), self._group
         data = torch.frombuffer(self._slots.data(slot), dtype=torch.uint8)
         for number in buckets:
             bucket = self._manifest.buckets[number]
             if not delta:
-                collective.broadcast_bytes(data[bucket.start : bucket.end], self._group)
+                collective.broadcast_bytes(data[bucket.start : bucket.end], group)
                 continue
             length = torch.empty(8, dtype=torch.uint8)
-            collective.broadcast_bytes(length, self._group)
+            collective.broadcast_bytes(length, group)
             message = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
-            collective.broadcast_bytes(message, self._group)
+            collective.broadcast_bytes(message, group)
             held, into = (self._slots.data(which)[bucket.start : bucket.end] for which in (1 - slot, slot))
             try:
                 apply_to_copy(message.numpy().data, held, into, self._manifest.dtype)

@@ -158,6 +158,8 @@ class WeightSync:
             threshold = self._threshold()
             # What is sent whole needs no store that holds the version before.
             self._ensure_stores(filled=threshold is not None)
+            if not self._whole:  # what receivers hold is not in learner 0's store any more
+                threshold = None
             slot = 1 - self._slot
             sent = self._send(slot, self._buckets(None), Sending(threshold=threshold))
             self._since_whole = 0 if threshold is None else self._since_whole + 1
@@ -243,6 +245,7 @@ class WeightSync:
             nodes = book.nodes()
         new = self._stores.ensure(nodes, self._slot if filled and self._offer is not None else None)
         if new and self._offer is not None:
+            self._whole &= self._stores.sender_node not in new
             self._offer = self._offered(self._offer.weights, dict(self._offer.checksums))
 
     def _offered(self, weights: WeightsId, checksums: dict[str, int]) -> VersionOffer:

@@ -147,16 +147,21 @@ def only_writer(run_dir: Path) -> Iterator[None]:
     """Nobody else trains a run of this name meanwhile, on any machine that shares the folder.
 
     Raises:
-        ConfigError: somebody does.
+        ConfigError: somebody does, or nothing can be written there.
     """
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder, which may be moved aside. The system releases it when the process ends, however it ends.
     lock = FileLock(run_dir.parent / f".{run_dir.name}.lock")
     try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             f"name: {run_dir} is being trained by another process; wait for it, stop it, or give this run another name"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"runs_dir: {run_dir.parent} cannot be written to ({error.strerror or error}); expected a folder, or the "
+            "name of one to make, in which this user may make files"
         ) from error
     try:
         yield

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
-from raygym.actors import app_guard
+from raygym.actors import app_guard, serving
 from raygym.actors.app_guard import AppGuard, AppWatch
 from raygym.config import ConfigError
 
@@ -103,3 +103,30 @@ def test_while_it_is_still_deployed_the_watch_stays(monkeypatch: pytest.MonkeyPa
     assert not killed
     guard.undeploy("t")
     assert killed == ["watch", "sign"]
+
+
+def test_a_controller_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    class Hung:
+        def __getattr__(self, method: str) -> Any:
+            return SimpleNamespace(remote=lambda *_: method)
+
+    def get(_: Any, timeout: float) -> None:
+        waited.append(timeout)
+        raise GetTimeoutError
+
+    monkeypatch.setattr(serving, "get_global_client", lambda **_: SimpleNamespace(_controller=Hung()))
+    monkeypatch.setattr(serving, "ray", SimpleNamespace(get=get))
+    assert serving.wanted_replicas("t") is None
+    with pytest.raises(TimeoutError, match=r"^Serve's controller gave no answer within 30 s"):
+        serving.scale("t", 2)
+    assert waited == [30.0, 30.0]
+
+
+def test_the_watch_removes_with_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[str] = []
+    monkeypatch.setattr(app_guard, "serve_runs", lambda: True)
+    monkeypatch.setattr(app_guard.serving, "undeploy", removed.append)
+    app_guard.remove("raygym-t", False)
+    assert removed == ["t"], "serve.delete itself waits without end"

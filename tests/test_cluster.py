@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,28 @@ def test_a_folder_with_a_token_stays_as_it_is(home: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cluster, "_init", lambda **options: token.write_text(f"{mode(token.parent):o}"))
     cluster.connect()
     assert (token.read_text(), mode(token)) == ("755", 0o600)
+
+
+_LISTENS = """
+import tempfile, psutil, torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.FileStore(tempfile.mktemp(), 1), rank=0, world_size=1)
+dist.all_reduce(torch.ones(1))
+print({c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"})
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "eth7"])
+def test_process_groups_of_an_own_cluster_are_on_this_machine(
+    home: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    variables = {**os.environ} | ({"GLOO_SOCKET_IFNAME": chosen} if chosen else {})
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(cluster, "_init", lambda **options: None)
+    cluster.connect()
+    assert variables["GLOO_SOCKET_IFNAME"] == (chosen or "lo"), "what the user has set stays"
+    if not chosen:
+        listens = subprocess.run([sys.executable, "-c", _LISTENS], env=variables, capture_output=True, text=True)
+        assert listens.stdout.strip() == "{'127.0.0.1'}", listens.stderr
 
 
 @pytest.mark.parametrize(("late", "started"), [(2, True), (3, False)])

@@ -85,9 +85,34 @@ def test_actors_are_one_link_away():
 
 @pytest.mark.parametrize("path", ACTORS, ids=shown)
 def test_no_remote_wait_is_without_a_deadline(path):
-    """`ray.get(...)` and Serve's `.results(...)` name a timeout, whoever writes the next one."""
+    """`ray.get(...)` and Serve's `.results(...)` name a timeout, whoever writes the next one.
+
+    Serve's own questions to its controller cannot: `serving.applications` asks in their place.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             is_get = node.func.attr == "get" and isinstance(node.func.value, ast.Name) and node.func.value.id == "ray"
             if is_get or node.func.attr == "results":
                 assert {"timeout", "timeout_s"} & {keyword.arg for keyword in node.keywords}, node.lineno
+            assert node.func.attr not in ("status", "get_serve_details"), node.lineno
+
+
+def test_what_is_asked_of_learners_is_a_method_of_theirs():
+    """Learners are asked by name, so nothing else notices before it is asked."""
+    [learner] = [
+        node
+        for node in ast.parse((ROOT / "actors/learner.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "Learner"
+    ]
+    methods = {node.name for node in learner.body if isinstance(node, ast.FunctionDef)}
+    asked = {
+        argument.value: path.name
+        for path in ACTORS
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        if getattr(node.func, "attr", getattr(node.func, "id", "")) in ("ask", "call_first", "call_all", "_submit")
+        for argument in node.args[:2]
+        if isinstance(argument, ast.Constant)
+    }
+    assert {"setup", "update", "weight_node", "publish_weights"} <= set(asked)
+    assert {name: where for name, where in asked.items() if name not in methods} == {}

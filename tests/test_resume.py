@@ -280,6 +280,16 @@ def test_only_one_process_writes_a_run(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_written_is_told_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for parent in (tmp_path / "file", tmp_path / "file/below", Path("/proc/nothing")):
+        with (
+            pytest.raises(ConfigError, match=rf"^runs_dir: {parent} cannot be written to \(.*\); expected a folder"),
+            only_writer(parent / "t"),
+        ):
+            pass
+
+
 def test_a_file_that_somebody_has_edited_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"step": 1}\nnot json\n{"step": 2}\n')

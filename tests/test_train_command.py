@@ -110,11 +110,16 @@ def head() -> Iterator[dict[str, str]]:
 
 @pytest.mark.vllm
 def test_train_directly_and_as_a_submitted_job_give_the_same_run(head: dict[str, str], tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     run = subprocess.run(
         [*COMMAND, "train", "configs/tiny.yaml", f"runs_dir={tmp_path}/direct"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(TMPDIR=str(temporary), RAY_TMPDIR="/tmp"),
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
+    # vLLM's sockets and files are gone, too; PyTorch's cache is there for the next run.
+    assert [entry.name for entry in temporary.iterdir() if not entry.name.startswith("torchinductor_")] == []
     job = subprocess.run(
         [head["ray"], "job", "submit", "--address", head["dashboard"], "--working-dir", ".", "--",
          sys.executable, "-m", "raygym", "train", "configs/tiny.yaml", f"runs_dir={tmp_path}/job"],
