@@ -317,6 +317,7 @@ def test_nothing_is_cut_off_and_all_can_use_it(simulated, open_page, width, them
     serious = []
     for view, ready in (
         ("#/overview", ".chart polyline"),
+        ("#/trajectories", "tbody tr.opens"),
         ("#/trajectories?drifted=1", "tbody tr.opens"),
         ("#/trajectory?file=trajectories/step_000006&number=1", ".message"),
         ("#/trajectory?file=trajectories/step_000006&number=1&view=tokens", ".tokens .token"),
