@@ -80,6 +80,8 @@ def test_the_overview_shows_charts_and_events(simulated, open_page):
     expect(page.locator(".tile").first).to_contain_text("Reward")
     reward = page.get_by_role("img", name="Reward, steps 1 to 12: reward")
     expect(reward.locator("polyline")).to_have_count(1)
+    by_env = page.get_by_role("img", name="Reward by environment, steps 1 to 12: raygym/NumberGuess (simulated)")
+    expect(by_env.locator("polyline")).to_have_count(2)
     for title in ("Validation reward", "Time of a step", "Tokens per second", "Failed episodes", "Staleness"):
         expect(page.locator("figure", has_text=title).first).to_be_visible()
     expect(page.locator(".events")).to_contain_text("EnvRunner 2 recovered after 14.2 s")
@@ -126,6 +128,16 @@ def test_the_table_is_filtered_ordered_and_opened(simulated, open_page):
     expect(page.locator(".crumbs")).to_contain_text(third)
     page.keyboard.press("Escape")
     expect(count).to_have_text("160")
+
+
+def test_what_another_program_has_left_out_is_no_number(tmp_path, serve, open_page):
+    run = SimulatedRun(tmp_path / "run", steps=1)
+    [record, *_] = run.step(1)
+    del record["sampling"], record["turns"][0]["env_s"], record["turns"][1]["env_s"]
+    (run.path / "trajectories/step_000001.jsonl").write_text(json.dumps(record) + "\n")
+    page = open_page(f"{serve(run.path)}#/trajectory?file=trajectories/step_000001&number=0")
+    expect(page.locator(".timeline .legend")).to_contain_text("environment \N{EN DASH}")
+    assert "NaN" not in page.locator("main").inner_text()
 
 
 def test_a_trajectory_is_a_conversation(simulated, open_page):

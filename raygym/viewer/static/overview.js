@@ -7,11 +7,14 @@ import * as format from "./format.js";
 import { rolloutSummary } from "./rollout.js";
 
 const TIMES = ["generate", "learn", "validate_wait", "sync", "checkpoint"];
+const OF_ENV = "reward/mean/";
+const MOST_ENVS = 8; // there are as many colours
 
 // Each chart: which metrics, and how. `make` computes series from columns.
 const CHARTS = [
   { title: "Reward", note: "mean of a step ± deviation", metrics: ["reward/mean", "reward/std"], make: (c) => [{ name: "reward", values: c["reward/mean"], band: c["reward/std"] }] },
   { title: "Validation reward", metrics: ["val/reward"], known: true, make: (c) => [{ name: "validation", values: c["val/reward"] }] },
+  { title: "Reward by environment", note: `mean of a step, ${MOST_ENVS} of them at most`, prefix: OF_ENV, metrics: [], make: byEnvironment },
   { title: "Time of a step", form: "area", format: format.seconds, metrics: TIMES.map((name) => `time/${name}_s`), make: (c) => TIMES.map((name) => ({ name: name.replace("_", " "), values: c[`time/${name}_s`] })) },
   { title: "Tokens per second", note: "over the whole step, and while learning", metrics: ["tokens/generated", "time/step_s", "learn/tokens_per_s"], make: throughput },
   { title: "Failed episodes", note: "attempts by kind; tasks dropped", form: "bar", whole: true, prefix: "episodes/failed/", metrics: ["groups/dropped", "episodes/completed"], make: failures },
@@ -24,6 +27,10 @@ const CHARTS = [
 function throughput(c) {
   const generated = c["tokens/generated"]?.map((tokens, at) => (tokens === null || !c["time/step_s"]?.[at] ? null : tokens / c["time/step_s"][at]));
   return [{ name: "generated", values: generated }, { name: "learned", values: c["learn/tokens_per_s"] }];
+}
+
+function byEnvironment(c) {
+  return Object.keys(c).filter((name) => name.startsWith(OF_ENV)).slice(0, MOST_ENVS).map((name) => ({ name: name.slice(OF_ENV.length), values: c[name] }));
 }
 
 function failures(c) {
