@@ -60,7 +60,7 @@ class Run(_Folder):
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, a mapping of names to numbers for each step; README names them.
+        """The rows of metrics.jsonl, a mapping of names to numbers for each step; docs/guides/metrics.md names them.
 
         `pandas.DataFrame(run.metrics)` is a table of them.
         """

@@ -292,6 +292,36 @@ def test_the_reference_is_made_of_the_docstrings(tmp_path: Path) -> None:
     assert "ChatEnv" in (tmp_path / "raygym.html").read_text(encoding="utf-8")
 
 
+def _metrics_of_the_code() -> set[str]:
+    """Names of metrics in the modules that make them; of the parts that vary only their name, as `env/<env>/step_s`."""
+    families = {"reward", "val", "policy", "groups", "advantage", "episodes", "env", "length", "tokens", "time",
+                "learn", "sync", "manager", "supervision", "alarms", "grad"}  # fmt: skip
+    files = ["raygym/metrics.py", "raygym/batch_statistics.py", "raygym/supervision.py", "raygym/validation.py",
+             "raygym/alarm_watch.py", "actors/trainer.py"]  # fmt: skip
+    found = set()
+    for node in (node for file in files for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))):
+        match node:
+            case ast.Constant(value=str(name)) if re.fullmatch(r"[a-z]+(/\w+)+", name):
+                found.add(name)
+            case ast.JoinedStr():
+                found.add(re.sub(r"\{(\w+)\}", r"<\1>", ast.unparse(node)[2:-1]))
+            case ast.Call(func=ast.Attribute(attr="_timed"), args=[ast.Constant(value=part)]):
+                found.add(f"time/{part}_s")
+    named = {name for name in found if re.fullmatch(r"[\w/<>]+[\w>]", name)} - {"time/<name>_s"}
+    return {name for name in named if name.partition("/")[0] in families}
+
+
+def test_every_metric_is_on_its_page_and_none_that_is_not_there() -> None:
+    page = (ROOT / "docs/guides/metrics.md").read_text(encoding="utf-8")
+    table = page.partition("## Every metric")[2].partition("## Alarms")[0]
+    first_column = "\n".join(re.findall(r"^\| (.*?) \|", table, flags=re.MULTILINE))
+    told = {name for name in re.findall(r"`([\w/<>]+)`", table) if "/" in name}
+    made = _metrics_of_the_code()
+    assert {"env/<env>/step_s", "time/checkpoint_s", "sync/checksum"} <= made and "`loss`" in first_column
+    assert made - told == set()
+    assert told - made == set()
+
+
 def test_the_map_names_every_module() -> None:
     """CONTRIBUTING.md's table: a module by its name, what is in a folder by the folder's."""
     named = set(re.findall(r"`([\w/]+?)/?`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
