@@ -56,7 +56,7 @@ export async function overview(params, state) {
     const run = first ? state.run : (state.run = await ask("run"));
     first = false;
     const wanted = CHARTS.flatMap(({ metrics, prefix }) => [...metrics, ...(prefix ? run.metrics.filter((name) => name.startsWith(prefix)) : [])]);
-    const [columns, told] = await Promise.all([ask("metrics", { names: [...new Set(wanted)].join(",") }), ask("events")]);
+    const [columns, told] = await Promise.all([ask("metrics", { name: [...new Set(wanted)] }), ask("events")]);
     for (const { spec, chart: each } of charts) {
       const mine = Object.fromEntries(Object.entries(columns.series).filter(([name]) => spec.metrics.includes(name) || (spec.prefix && name.startsWith(spec.prefix))));
       const series = spec.make(mine).filter(({ values }) => values);
@@ -141,7 +141,7 @@ function allMetrics() {
     const wanted = names.filter((name) => name.includes(filter.value.trim())).slice(0, 60);
     const mine = ++asking;
     // A question without names is one for all.
-    const columns = wanted.length ? await ask("metrics", { names: wanted.join(",") }) : { steps: [], series: {} };
+    const columns = wanted.length ? await ask("metrics", { name: wanted }) : { steps: [], series: {} };
     if (mine !== asking) return;
     for (const [name, each] of kept) if (!wanted.includes(name)) (each.end(), kept.delete(name));
     for (const name of wanted) if (!kept.has(name)) kept.set(name, chart(name, { format: name.endsWith("_s") ? format.seconds : format.number }));
