@@ -36,7 +36,7 @@ BASE: dict[str, Any] = {
 WAITS_FOR = {"tracking.md": "raygym.tracking", "python-api.md": "raygym.python_api"}
 NOT_THERE_YET = {"view": "raygym.viewer", "report": "raygym.report", "doctor": "raygym.doctor"}
 # Of these a test knows no more than that they are a shell's.
-FOREIGN = {"docker", "kubectl", "sbatch", "export", "cd", "git", "jupyter", "ssh"}
+FOREIGN = {"docker", "kubectl", "sbatch", "export", "cd", "git", "jupyter", "ssh", "source", "python3"}
 
 
 def is_here(module: str | None) -> bool:
@@ -184,11 +184,11 @@ def check_command(words: list[str], block: Block) -> None:
                 "optional-dependencies"
             ]
             for name in wanted:
-                for extra in re.findall(r"raygym\[([\w,]+)\]", name):
+                for extra in re.findall(r"^(?:raygym|\.)\[([\w,]+)\]", name):
                     assert set(extra.split(",")) <= extras.keys(), name
         case [command, *rest]:
             assert command in FOREIGN, f"{block}: nobody knows what {command} is"
-            assert block.not_run or command in {"export", "cd"}, f"{block}: say why {command} is not run"
+            assert block.not_run or command in {"export", "cd", "source"}, f"{block}: say why {command} is not run"
             for word in rest:
                 if word.startswith("configs/"):
                     assert (ROOT / word).exists(), word
@@ -262,6 +262,21 @@ def test_every_page_can_be_reached() -> None:
         found = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
         left += [path for path in found if path.suffix == ".md" and path.exists() and path not in seen]
     assert set(PAGES) <= seen
+
+
+def test_a_newcomer_is_told_where_the_command_is() -> None:
+    # `make` puts it into a virtual environment.
+    shell = [line for block in ALL if block.page.name == "README.md" and block.language == "bash"
+             for line in block.text.splitlines()]  # fmt: skip
+    first = next(number for number, line in enumerate(shell) if line.startswith("raygym "))
+    assert any(line.startswith("source .venv/bin/activate") for line in shell[:first])
+
+
+def test_the_gpu_install_of_the_guide_is_that_of_the_image() -> None:
+    image = (ROOT / "configs/cluster/Dockerfile.gpu").read_text(encoding="utf-8")
+    guide = (ROOT / "docs/guides/scaling.md").read_text(encoding="utf-8")
+    pinned = [line for line in guide.splitlines() if line.startswith("pip install torch")]
+    assert len(pinned) == 1 and f"RUN {pinned[0]}" in image
 
 
 def test_the_readme_is_two_screens() -> None:
