@@ -11,6 +11,8 @@ from tiers import only_long
 from viewer_browser import ARGUMENTS, CHROMIUM, viewing
 from viewer_runs import SimulatedRun, large_lines
 
+from raygym.report.command import write_report
+
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 expect = playwright.expect
@@ -342,6 +344,25 @@ def test_nothing_is_cut_off_and_all_can_use_it(simulated, open_page, width, them
             if found["impact"] in ("serious", "critical"):
                 serious.append((view, found["id"], [node["html"][:200] for node in found["nodes"][:3]]))
     assert serious == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_report_is_for_all_too(simulated, browser, tmp_path, theme):
+    """It loads nothing, no page is wider than the screen, and axe-core finds nothing serious."""
+    [report, _] = write_report(simulated[0].path, tmp_path)
+    page = browser.new_page(color_scheme=theme)
+    told, loaded = [], []
+    page.on("console", lambda message: told.append(message.text))
+    page.on("request", lambda request: loaded.append(request.url))
+    for width in (400, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.goto(report.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        violations = axe.Axe().run(page).response["violations"]
+        assert [found["id"] for found in violations if found["impact"] in ("serious", "critical")] == []
+    page.close()
+    assert (told, set(loaded)) == ([], {report.as_uri()})
 
 
 def test_an_answer_that_fails_is_told_and_asked_for_again(simulated, browser):
