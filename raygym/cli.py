@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+import raygym
 from raygym.argument_types import at_least_one
 from raygym.check_options import add_options
 from raygym.config import ConfigError, RunConfig
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train language-model agents by reinforcement learning on Ray.",
         epilog="example: raygym train configs/demo.yaml learner.lr=1e-5",
     )
+    parser.add_argument("--version", action="version", version=f"raygym {raygym.__version__}", help="print it and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("train", "train a policy and write runs/<name>/"),

@@ -20,7 +20,7 @@ import gymnasium
 from raygym.command_process import run_command
 from raygym.config import ConfigError, RunConfig
 from raygym.config_file import build_config, dump_config, load_config
-from raygym.env import make_env
+from raygym.env import EnvError, make_env
 from raygym.results import Rollout, Run
 
 Config = RunConfig | str | os.PathLike[str] | Mapping[str, Any]
@@ -150,6 +150,8 @@ def make(env_id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
         >>> env = rg.make("raygym/NumberGuess-v0", high=20)
         >>> messages, info = env.reset(seed=0)
     """
+    if not isinstance(env_id, str):
+        raise EnvError(f"env_id: {env_id!r} is none; expected a registered id or a text 'module:Class'")
     return make_env(env_id, kwargs)
 
 
@@ -162,20 +164,29 @@ def as_config(config: Config, overrides: Overrides = ()) -> RunConfig:
             return load_config(_written(config, folder), changes) if changes else config
     if isinstance(config, Mapping):
         return build_config(config, changes)
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(f"config: {config!r} is none; expected a YAML file's path, a mapping or a RunConfig")
     return load_config(Path(config), changes)
 
 
 def _changes(overrides: Overrides) -> list[str]:
-    if isinstance(overrides, str):
-        raise ConfigError(
-            f"overrides: {overrides!r} is one text; expected a list such as ['steps=5'], or {{'steps': 5}}"
-        )
-    if not isinstance(overrides, Mapping):
-        return list(overrides)
+    if isinstance(overrides, Mapping):
+        return [f"{key}={_as_json(key, value)}" for key, value in overrides.items()]
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence) or not all(map(_is_text, overrides)):
+        raise ConfigError(f"overrides: {overrides!r} is none; expected a list such as ['steps=5'], or {{'steps': 5}}")
+    return list(overrides)
+
+
+def _as_json(key: str, value: Any) -> str:
     try:
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        # Its way to write what is not finite would be only text to YAML.
+        return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"overrides: {error}; expected values as YAML has them") from error
+        raise ConfigError(f"overrides: {key}: {error}; expected a value as JSON has them") from error
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _rollout_config(

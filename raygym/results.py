@@ -8,14 +8,16 @@ import weakref
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from raygym.checkpoint import CheckpointStore
-from raygym.config import RunConfig
+from raygym.config import ConfigError, RunConfig
 from raygym.config_file import load_config
 from raygym.report.command import write_report
 from raygym.run_reading import UnreadableRun, json_file, json_lines, parsed_trajectory, trajectory_files
 from raygym.types import Trajectory
+
+_Kind = Literal["step", "validation"]
 
 
 class _Folder:
@@ -58,7 +60,7 @@ class Run(_Folder):
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, a mapping of names to numbers for each step; README names them.
+        """The rows of metrics.jsonl, a mapping of names to numbers for each step; docs/guides/metrics.md names them.
 
         `pandas.DataFrame(run.metrics)` is a table of them.
         """
@@ -79,12 +81,18 @@ class Run(_Folder):
         steps = store.steps()
         return store.path_of(steps[-1]) if steps else None
 
-    def trajectories(self, kind: Literal["step", "validation"] = "step") -> Iterator[Trajectory]:
+    def trajectories(self, kind: _Kind = "step") -> Iterator[Trajectory]:
         """Its episodes in order, read one at a time: those that were trained, or those of the validations.
 
         Raises:
             UnreadableRun: a file is damaged.
+            ConfigError: there is no such kind.
         """
+        if kind not in get_args(_Kind):
+            raise ConfigError(f"kind: {kind!r} is none; expected one of: {', '.join(get_args(_Kind))}")
+        return self._trajectories(kind)
+
+    def _trajectories(self, kind: _Kind) -> Iterator[Trajectory]:
         for _, path in trajectory_files(self.path, kind):
             yield from map(parsed_trajectory, json_lines(path, within=self.path))
 
@@ -109,9 +117,14 @@ class Rollout(_Folder):
         Args:
             path: the folder of the rollout.
             temporary: the folder is removed when this object is gone.
+
+        Raises:
+            UnreadableRun: there is no such folder.
         """
         self.path = Path(path)
         """Its folder. A temporary one lives as long as this object: who keeps only the path keeps a name of nothing."""
+        if not self.path.is_dir():
+            raise UnreadableRun(f"{self.path}: is no folder; expected one that `raygym rollout` made (rollouts/<name>)")
         if temporary:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import raygym
 from raygym.cli import main
 from raygym.config import RunConfig
 
@@ -100,6 +102,22 @@ def test_a_good_config_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> N
     output = capsys.readouterr().out
     assert "lr: 2.0e-06" in output
     assert "max_replaced_groups: 16" in output
+
+
+@pytest.mark.parametrize("command", [["config", "check", TINY], ["doctor", "--quick"], ["train", "--help"]])
+def test_what_nobody_reads_ends_without_a_word(command: list[str]) -> None:
+    words = [sys.executable, "-m", "raygym", *command]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout and run.stderr
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait(60)) in (("", 141), ("", 0))
+    run.stderr.close()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"raygym {raygym.__version__}\n")
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,16 @@ def test_rays_launcher_takes_its_files(name: str) -> None:
     config_of(command.rpartition("&&")[2])
 
 
+@pytest.mark.parametrize("name", ["ray_up_aws.yaml", "ray_up_machines.yaml"])
+def test_what_is_run_by_rays_launcher_joins_its_cluster(name: str) -> None:
+    # Ray's launcher sets neither: without an address raygym would start a cluster of its own on the head.
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    [command] = re.findall(r"ray exec \S+ '(.*)'", text)
+    words = shlex.split(command.rpartition("&&")[2])
+    assert "RAY_ADDRESS=auto" in words
+    assert "RAY_AUTH_MODE=token" in words or "--env RAY_AUTH_MODE=token" in text
+
+
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.gpu"])
 def test_hadolint_finds_nothing(name: str) -> None:
     done = subprocess.run([BIN / "hadolint", FOLDER / name], capture_output=True, text=True, timeout=60, check=False)

@@ -36,7 +36,7 @@ BASE: dict[str, Any] = {
 WAITS_FOR = {"tracking.md": "raygym.tracking", "python-api.md": "raygym.python_api"}
 NOT_THERE_YET = {"view": "raygym.viewer", "report": "raygym.report", "doctor": "raygym.doctor"}
 # Of these a test knows no more than that they are a shell's.
-FOREIGN = {"docker", "kubectl", "sbatch", "export", "cd", "git", "jupyter", "ssh"}
+FOREIGN = {"docker", "kubectl", "sbatch", "export", "cd", "git", "jupyter", "ssh", "source", "python3"}
 
 
 def is_here(module: str | None) -> bool:
@@ -184,11 +184,11 @@ def check_command(words: list[str], block: Block) -> None:
                 "optional-dependencies"
             ]
             for name in wanted:
-                for extra in re.findall(r"raygym\[([\w,]+)\]", name):
+                for extra in re.findall(r"^(?:raygym|\.)\[([\w,]+)\]", name):
                     assert set(extra.split(",")) <= extras.keys(), name
         case [command, *rest]:
             assert command in FOREIGN, f"{block}: nobody knows what {command} is"
-            assert block.not_run or command in {"export", "cd"}, f"{block}: say why {command} is not run"
+            assert block.not_run or command in {"export", "cd", "source"}, f"{block}: say why {command} is not run"
             for word in rest:
                 if word.startswith("configs/"):
                     assert (ROOT / word).exists(), word
@@ -264,6 +264,21 @@ def test_every_page_can_be_reached() -> None:
     assert set(PAGES) <= seen
 
 
+def test_a_newcomer_is_told_where_the_command_is() -> None:
+    # `make` puts it into a virtual environment.
+    shell = [line for block in ALL if block.page.name == "README.md" and block.language == "bash"
+             for line in block.text.splitlines()]  # fmt: skip
+    first = next(number for number, line in enumerate(shell) if line.startswith("raygym "))
+    assert any(line.startswith("source .venv/bin/activate") for line in shell[:first])
+
+
+def test_the_gpu_install_of_the_guide_is_that_of_the_image() -> None:
+    image = (ROOT / "configs/cluster/Dockerfile.gpu").read_text(encoding="utf-8")
+    guide = (ROOT / "docs/guides/scaling.md").read_text(encoding="utf-8")
+    pinned = [line for line in guide.splitlines() if line.startswith("pip install torch")]
+    assert len(pinned) == 1 and f"RUN {pinned[0]}" in image
+
+
 def test_the_readme_is_two_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 140
 
@@ -290,6 +305,36 @@ def test_the_reference_is_made_of_the_docstrings(tmp_path: Path) -> None:
     assert "When the run is saved, so that it can go on from there" in page
     assert "to which checkpoints are copied" in page
     assert "ChatEnv" in (tmp_path / "raygym.html").read_text(encoding="utf-8")
+
+
+def _metrics_of_the_code() -> set[str]:
+    """Names of metrics in the modules that make them; of the parts that vary only their name, as `env/<env>/step_s`."""
+    families = {"reward", "val", "policy", "groups", "advantage", "episodes", "env", "length", "tokens", "time",
+                "learn", "sync", "manager", "supervision", "alarms", "grad"}  # fmt: skip
+    files = ["raygym/metrics.py", "raygym/batch_statistics.py", "raygym/supervision.py", "raygym/validation.py",
+             "raygym/alarm_watch.py", "actors/trainer.py"]  # fmt: skip
+    found = set()
+    for node in (node for file in files for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))):
+        match node:
+            case ast.Constant(value=str(name)) if re.fullmatch(r"[a-z]+(/\w+)+", name):
+                found.add(name)
+            case ast.JoinedStr():
+                found.add(re.sub(r"\{(\w+)\}", r"<\1>", ast.unparse(node)[2:-1]))
+            case ast.Call(func=ast.Attribute(attr="_timed"), args=[ast.Constant(value=part)]):
+                found.add(f"time/{part}_s")
+    named = {name for name in found if re.fullmatch(r"[\w/<>]+[\w>]", name)} - {"time/<name>_s"}
+    return {name for name in named if name.partition("/")[0] in families}
+
+
+def test_every_metric_is_on_its_page_and_none_that_is_not_there() -> None:
+    page = (ROOT / "docs/guides/metrics.md").read_text(encoding="utf-8")
+    table = page.partition("## Every metric")[2].partition("## Alarms")[0]
+    first_column = "\n".join(re.findall(r"^\| (.*?) \|", table, flags=re.MULTILINE))
+    told = {name for name in re.findall(r"`([\w/<>]+)`", table) if "/" in name}
+    made = _metrics_of_the_code()
+    assert {"env/<env>/step_s", "time/checkpoint_s", "sync/checksum"} <= made and "`loss`" in first_column
+    assert made - told == set()
+    assert told - made == set()
 
 
 def test_the_map_names_every_module() -> None:

@@ -90,7 +90,17 @@ def test_what_follows_from_a_key_follows_its_override() -> None:
         (lambda: rg.rollout(TINY, temperature=-1), ["temperature", "-1", "from 0"]),
         (lambda: rg.make("raygym/NumberGues-v0"), ["raygym/NumberGuess-v0"]),
         (lambda: rg.make("raygym/NumberGuess-v0", hihg=3), ["hihg"]),
+        (lambda: rg.make(dict), ["env_id", "dict", "module:Class"]),
         (lambda: rg.Run("/no/such/run"), ["/no/such/run", "raygym train"]),
+        (lambda: rg.Rollout("/no/such/rollout"), ["/no/such/rollout", "raygym rollout"]),
+        (lambda: rg.train(None), ["config", "None", "mapping"]),
+        (lambda: rg.train(TINY, 5), ["overrides", "5", "steps=5"]),
+        (lambda: rg.train(TINY, [5]), ["overrides", "[5]", "steps=5"]),
+        # As text it would be an environment's argument of another kind than was given.
+        (
+            lambda: rg.train(TINY, {"envs": [{"id": "a:B", "kwargs": {"n": float("inf")}}]}),
+            ["overrides: envs", "float"],
+        ),
     ],
 )
 def test_errors_are_one_family_and_say_what_is_wrong(call: Any, words: list[str]) -> None:
@@ -98,6 +108,12 @@ def test_errors_are_one_family_and_say_what_is_wrong(call: Any, words: list[str]
         call()
     assert all(word in str(caught.value) for word in words), caught.value
     assert isinstance(caught.value, ValueError)
+
+
+def test_another_kind_of_trajectories_than_there_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(Path(TINY).read_text())
+    with pytest.raises(rg.ConfigError, match=r"kind: 'train' .*step, validation"):
+        rg.Run(tmp_path).trajectories("train")
 
 
 def test_what_only_the_command_can_know_is_a_config_error_too() -> None:

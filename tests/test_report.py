@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from raygym.report.columns import Columns
 from raygym.report.command import cell, fence, html, markdown, write_report
 from raygym.report.contents import read_contents
 from raygym.report.curves import charts, thinned
-from raygym.report.drawing import number, ticks
+from raygym.report.drawing import labels, number, ticks
+from raygym.report.environments import environments
 from raygym.report.episodes import clipped, extremes
 from raygym.run_reading import UnreadableRun
 
@@ -294,6 +296,31 @@ def test_each_environment_of_a_mixture_has_its_own_numbers() -> None:
     assert [series.label for series in by_env.series] == ["a"], "a curve that is 0 all along says nothing"
 
 
+def test_of_more_environments_than_a_chart_has_lines_it_says_so() -> None:
+    rows = [{"step": 1, **{f"reward/mean/env{n}": 1.0 for n in range(9)}}]
+    [by_env] = charts(Columns(rows))
+    assert (len(by_env.series), by_env.unit) == (6, "6 of 9")
+
+
+def test_what_is_wrong_with_many_lines_is_told_once_with_their_number(run: Path) -> None:
+    lines(run / "trajectories/step_000020.jsonl", [{"env": "x"}] * 30)
+    contents = read_contents(run)
+    assert contents.notes == (
+        f"{run}/trajectories/step_000020.jsonl: a line is no trajectory as raygym writes it (30 times)",
+    )
+    assert "1 attempt failed: env_error" in html(replace(contents, failures=(("env_error", 1),)))
+
+
+def test_a_run_without_environments_has_no_table_of_them(run: Path) -> None:
+    contents = replace(read_contents(run), environments=())
+    assert "Environments" not in html(contents) + markdown(contents)
+
+
+def test_no_name_shows_text_in_another_order(run: Path) -> None:
+    contents = replace(read_contents(run), name="mine \u202e", environments=environments(Columns([]), ["env \u202e"]))
+    assert "\u202e" not in html(contents) + markdown(contents)
+
+
 def test_best_and_worst_are_of_the_last_tenth_and_of_different_tasks(tmp_path: Path) -> None:
     for step in range(1, 31):
         same_task = [trajectory(7, 0.9, episode=i) for i in range(8)]
@@ -410,6 +437,12 @@ def test_ticks_are_round_and_cover_the_values(span: tuple[float, float]) -> None
     assert 2 <= len(found) <= 7
     steps = [after - before for before, after in itertools.pairwise(found)]
     assert max(steps) == pytest.approx(min(steps))
+
+
+def test_labels_of_ticks_are_as_far_apart_as_they_are() -> None:
+    assert labels(ticks(1.26, 1.36)) == ["1.25", "1.275", "1.3", "1.325", "1.35", "1.375"]
+    assert labels(ticks(0, 1)) == ["0", "0.25", "0.5", "0.75", "1"]
+    assert labels(ticks(3210, 3800)) == ["3,200", "3,400", "3,600", "3,800"]
 
 
 @given(st.floats(allow_nan=False), st.floats(allow_nan=False))

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -57,7 +58,7 @@ def rows(simulated):
     return index.rows
 
 
-def get(client, name, status=200, **params):
+def get(client, name, /, status=200, **params):
     answer = client.get(f"/api/{name}", params=params)
     assert answer.status_code == status, answer.text
     return answer.json()
@@ -308,6 +309,13 @@ class TestQuery:
         assert answer["total"] - answer["trajectories"] == dropped > 0
         assert answer["of"] - answer["of_trajectories"] == dropped
 
+    @pytest.mark.parametrize("ends", [(1e308, 1.7e308), (-1.7e308, 1.7e308), (0.0, 5e-324), (2.0, 2.0)])
+    def test_rewards_of_any_size_have_a_mean_and_a_spread(self, rows, ends):
+        odd = [replace(row, reward=reward) for row, reward in zip(rows, ends * 6, strict=False)]
+        answer = TableQuery.parse({}).answer(odd)
+        assert ends[0] <= answer["reward_mean"] <= ends[1]
+        assert sum(answer["rewards"]["counts"]) == 12
+
     def test_orders_and_pages(self, rows):
         first = TableQuery.parse({"sort": "-reward", "limit": "5"}).answer(rows)
         second = TableQuery.parse({"sort": "-reward", "limit": "5", "offset": "5"}).answer(rows)
@@ -488,7 +496,16 @@ class TestServer:
         assert told["status"]["step"] == 6
         assert [alarm["alarm"] for alarm in told["alarms"]] == ["gradient_spike"]
         assert [event["what"] for event in get(client, "events")["events"]] == ["lost", "recovered"]
-        assert get(client, "metrics", names="loss")["series"].keys() == {"loss"}
+        assert get(client, "metrics", name="loss")["series"].keys() == {"loss"}
+        assert get(client, "metrics", name=["lr", "loss", "no, such"])["series"].keys() == {"lr", "loss"}
+
+    def test_a_metric_may_have_a_comma_in_its_name(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean/sums, easy": 0.5, "lr": 1}\n')
+        with TestClient(viewer_app(RunFolder(tmp_path)), base_url="http://127.0.0.1:8642") as client:
+            while not get(client, "run")["metrics"]:
+                time.sleep(0.01)
+            found = get(client, "metrics", name="reward/mean/sums, easy")
+        assert found["series"] == {"reward/mean/sums, easy": [0.5]}
 
     def test_opens_a_trajectory(self, client, simulated):
         asked = {"file": "trajectories/step_000003", "number": 1}

@@ -11,6 +11,8 @@ from tiers import only_long
 from viewer_browser import ARGUMENTS, CHROMIUM, viewing
 from viewer_runs import SimulatedRun, large_lines
 
+from raygym.report.command import write_report
+
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 expect = playwright.expect
@@ -80,6 +82,8 @@ def test_the_overview_shows_charts_and_events(simulated, open_page):
     expect(page.locator(".tile").first).to_contain_text("Reward")
     reward = page.get_by_role("img", name="Reward, steps 1 to 12: reward")
     expect(reward.locator("polyline")).to_have_count(1)
+    by_env = page.get_by_role("img", name="Reward by environment, steps 1 to 12: raygym/NumberGuess (simulated)")
+    expect(by_env.locator("polyline")).to_have_count(2)
     for title in ("Validation reward", "Time of a step", "Tokens per second", "Failed episodes", "Staleness"):
         expect(page.locator("figure", has_text=title).first).to_be_visible()
     expect(page.locator(".events")).to_contain_text("EnvRunner 2 recovered after 14.2 s")
@@ -126,6 +130,16 @@ def test_the_table_is_filtered_ordered_and_opened(simulated, open_page):
     expect(page.locator(".crumbs")).to_contain_text(third)
     page.keyboard.press("Escape")
     expect(count).to_have_text("160")
+
+
+def test_what_another_program_has_left_out_is_no_number(tmp_path, serve, open_page):
+    run = SimulatedRun(tmp_path / "run", steps=1)
+    [record, *_] = run.step(1)
+    del record["sampling"], record["turns"][0]["env_s"], record["turns"][1]["env_s"]
+    (run.path / "trajectories/step_000001.jsonl").write_text(json.dumps(record) + "\n")
+    page = open_page(f"{serve(run.path)}#/trajectory?file=trajectories/step_000001&number=0")
+    expect(page.locator(".timeline .legend")).to_contain_text("environment \N{EN DASH}")
+    assert "NaN" not in page.locator("main").inner_text()
 
 
 def test_a_trajectory_is_a_conversation(simulated, open_page):
@@ -317,6 +331,7 @@ def test_nothing_is_cut_off_and_all_can_use_it(simulated, open_page, width, them
     serious = []
     for view, ready in (
         ("#/overview", ".chart polyline"),
+        ("#/trajectories", "tbody tr.opens"),
         ("#/trajectories?drifted=1", "tbody tr.opens"),
         ("#/trajectory?file=trajectories/step_000006&number=1", ".message"),
         ("#/trajectory?file=trajectories/step_000006&number=1&view=tokens", ".tokens .token"),
@@ -329,6 +344,25 @@ def test_nothing_is_cut_off_and_all_can_use_it(simulated, open_page, width, them
             if found["impact"] in ("serious", "critical"):
                 serious.append((view, found["id"], [node["html"][:200] for node in found["nodes"][:3]]))
     assert serious == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_report_is_for_all_too(simulated, browser, tmp_path, theme):
+    """It loads nothing, no page is wider than the screen, and axe-core finds nothing serious."""
+    [report, _] = write_report(simulated[0].path, tmp_path)
+    page = browser.new_page(color_scheme=theme)
+    told, loaded = [], []
+    page.on("console", lambda message: told.append(message.text))
+    page.on("request", lambda request: loaded.append(request.url))
+    for width in (400, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.goto(report.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        violations = axe.Axe().run(page).response["violations"]
+        assert [found["id"] for found in violations if found["impact"] in ("serious", "critical")] == []
+    page.close()
+    assert (told, set(loaded)) == ([], {report.as_uri()})
 
 
 def test_an_answer_that_fails_is_told_and_asked_for_again(simulated, browser):

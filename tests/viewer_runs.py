@@ -116,6 +116,8 @@ class SimulatedRun:
             "sync/checksum": "00ff",
         }
         row["time/step_s"] = sum(row[f"time/{part}_s"] for part in ("generate", "learn", "validate_wait", "sync"))
+        for env in sorted({record["env"] for record in records}):
+            row[f"reward/mean/{env}"] = float(np.mean([record["reward"] for record in records if record["env"] == env]))
         if drawn.random() < 0.6:
             row["episodes/failed/env_timeout"] = drawn.randint(1, 3)
         if drawn.random() < 0.3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,11 @@ def read_contents(run: Path) -> Contents:
     Raises:
         UnreadableRun: it is no run's folder.
     """
-    notes: list[str] = []
+    problems: Counter[str] = Counter()
 
     def damaged(problem: str) -> None:
-        if len(notes) < _MOST_TOLD:
-            notes.append(problem)
+        if problem in problems or len(problems) < _MOST_TOLD:
+            problems[problem] += 1
 
     text, config = _config(run, damaged)
     columns = Columns(json_lines(run / "metrics.jsonl", damaged, within=run))
@@ -102,7 +103,7 @@ def read_contents(run: Path) -> Contents:
             damaged, run, "the best and worst episodes", lambda: extremes(run, damaged), Extremes((), (), "")
         ),
         config=text,
-        notes=tuple(notes),
+        notes=tuple(f"{what} ({times} times)" if times > 1 else what for what, times in problems.items()),
         made=f"raygym {raygym.__version__}, {_clock(time.time())}",
     )
 

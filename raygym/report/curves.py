@@ -59,6 +59,8 @@ def charts(columns: Columns) -> list[Chart]:
     found = []
     for title, unit, lines in drawn:
         lines = [(label, points) for label, points in lines if any(value for _, value in points)]
+        if len(lines) > _MOST_SERIES:
+            unit = f"{_MOST_SERIES} of {len(lines)}"
         if lines:
             found.append(Chart(title, unit, tuple(_series(*line) for line in lines[:_MOST_SERIES])))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -17,6 +18,7 @@ _MOST_MARKS = 30
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 _SMALLEST = 1e-290
 """What is closer to 0 is drawn as 0."""
+_DIGITS, _MOST_DIGITS = 3, 6
 _SAME = 1e-9
 """Values that differ by this share of themselves are drawn as one: floats between them would be too few."""
 
@@ -43,9 +45,9 @@ def svg(chart: Chart) -> Markup:
     x = _Axis(0, last, _LEFT, _WIDTH - _RIGHT)
     y = _Axis(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
     parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, _HEIGHT, _said(chart))]
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, labels(y_ticks), strict=True):
         parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(_LEFT, y.place(tick), _WIDTH - _RIGHT))
-        parts.append(_text(_LEFT - 6, y.place(tick) + 4, "end", number(tick)))
+        parts.append(_text(_LEFT - 6, y.place(tick) + 4, "end", label))
     for tick in x_ticks:
         parts.append(_text(x.place(tick), _HEIGHT - 5, "middle", f"{tick:g}"))
     for index, series in enumerate(chart.series):
@@ -74,17 +76,27 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(count * step, 12 - math.floor(math.log10(step))) for count in range(first, last + 1)]
 
 
-def number(value: float | None) -> str:
-    """As people write it: three digits that say something; `-` where there is none."""
+def labels(found: Sequence[float]) -> list[str]:
+    """Of ticks: with so many digits that rounding does not move them, six at most."""
+    off = 0.01 * (found[1] - found[0])
+    exact = (
+        n for n in range(_DIGITS, _MOST_DIGITS) if all(abs(float(f"{tick:.{n}g}") - tick) <= off for tick in found)
+    )
+    digits = next(exact, _MOST_DIGITS)
+    return [number(tick, digits) for tick in found]
+
+
+def number(value: float | None, digits: int = _DIGITS) -> str:
+    """As people write it: so many digits that say something; `-` where there is none."""
     if value is None:
         return "-"
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-3:
-        mantissa, _, exponent = f"{value:.3g}".partition("e")
+        mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if exponent else f"{value:.1e}".replace("e-0", "e-")
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"
 
 
 def _said(chart: Chart) -> str:

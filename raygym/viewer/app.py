@@ -140,8 +140,8 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _names(request: Request) -> list[str] | None:
-    names = request.query_params.get("names")
-    return None if names is None else names.split(",")
+    # One parameter each: an environment may have any character in its name, and so in those of its metrics.
+    return request.query_params.getlist("name") or None
 
 
 def _whole(request: Request, name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from math import fsum
 from typing import Any
 
 from raygym.viewer.trajectory_row import TrajectoryRow
@@ -73,7 +73,8 @@ class TableQuery:
             "of_trajectories": sum(row.offset >= 0 for row in rows),
             "offset": self.offset,
             "rows": [row.shown() for row in kept[self.offset : self.offset + self.limit]],
-            "reward_mean": fmean(rewards) if rewards else None,
+            # Divided first: the sum of numbers that are floats may be none.
+            "reward_mean": fsum(reward / len(rewards) for reward in rewards) if rewards else None,
             "rewards": _histogram(rewards),
             "choices": _choices(rows),
         }
@@ -129,6 +130,8 @@ def _histogram(rewards: Sequence[float]) -> dict[str, Any] | None:
         return None
     low, high = min(rewards), max(rewards)
     counts = [0] * (_BINS if high > low else 1)
+    # Of halves: what is between the largest floats is none.
+    begin, width = low / 2, high / 2 - low / 2
     for reward in rewards:
-        counts[min(int((reward - low) / (high - low) * _BINS), _BINS - 1) if high > low else 0] += 1
+        counts[min(int((reward / 2 - begin) / width * _BINS), _BINS - 1) if width > 0 else 0] += 1
     return {"low": low, "high": high, "counts": counts}

@@ -3,9 +3,10 @@
 /** Nobody answers: the viewer was ended, or is out of reach. */
 export class NoAnswer extends Error {}
 
-/** Answers of `/api/<name>`; raises with the server's own words, or `NoAnswer`. */
+/** Answers of `/api/<name>`; raises with the server's own words, or `NoAnswer`. A list is a parameter given again and again. */
 export async function ask(name, params = {}) {
-  const given = Object.entries(params).filter(([, value]) => value !== "" && value !== null && value !== undefined);
+  const each = Object.entries(params).flatMap(([key, value]) => (Array.isArray(value) ? value.map((one) => [key, one]) : [[key, value]]));
+  const given = each.filter(([, value]) => value !== "" && value !== null && value !== undefined);
   const query = new URLSearchParams(given).toString();
   const response = await fetch(`/api/${name}${query ? `?${query}` : ""}`).catch((error) => {
     throw new NoAnswer(`the viewer does not answer: ${error.message}`);

@@ -32,11 +32,12 @@ export function chart(title, { form = "line", format = number, note = "", whole 
   let scale = null;
 
   function draw(next = data) {
-    data = next;
+    // A series without a value has no colour, neither in the legend nor beside the pointer.
+    data = { ...next, series: next.series.filter(({ values }) => values.some((value) => value !== null)) };
+    const { series } = data;
     const width = Math.max(220, Math.floor(element.clientWidth || 360) - 26);
     plot.setAttribute("width", width);
     plot.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
-    const series = data.series.filter(({ values }) => values.some((value) => value !== null));
     plot.setAttribute("aria-label", spoken(title, data.steps, series, format));
     legend.replaceChildren(
       ...(series.length > 1

@@ -5,6 +5,7 @@ const DASH = "–";
 /** Four digits at most, with k and M. */
 export function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return DASH;
+  if (typeof value !== "number") return String(value); // what another program has written
   const size = Math.abs(value);
   if (size >= 1e9) return `${trimmed(value / 1e9, 2)}G`;
   if (size >= 1e6) return `${trimmed(value / 1e6, 2)}M`;
@@ -21,7 +22,7 @@ const trimmed = (value, digits) => String(Number(value.toFixed(digits)));
 
 /** A reward: two digits, so that columns line up. */
 export function reward(value) {
-  if (value === null || value === undefined) return DASH;
+  if (typeof value !== "number") return number(value);
   return Math.abs(value) >= 1e4 ? number(value) : value.toFixed(2).replace("-", "−");
 }
 

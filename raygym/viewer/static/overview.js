@@ -7,11 +7,14 @@ import * as format from "./format.js";
 import { rolloutSummary } from "./rollout.js";
 
 const TIMES = ["generate", "learn", "validate_wait", "sync", "checkpoint"];
+const OF_ENV = "reward/mean/";
+const MOST_ENVS = 8; // there are as many colours
 
 // Each chart: which metrics, and how. `make` computes series from columns.
 const CHARTS = [
   { title: "Reward", note: "mean of a step ± deviation", metrics: ["reward/mean", "reward/std"], make: (c) => [{ name: "reward", values: c["reward/mean"], band: c["reward/std"] }] },
   { title: "Validation reward", metrics: ["val/reward"], known: true, make: (c) => [{ name: "validation", values: c["val/reward"] }] },
+  { title: "Reward by environment", note: `mean of a step, ${MOST_ENVS} of them at most`, prefix: OF_ENV, metrics: [], make: byEnvironment },
   { title: "Time of a step", form: "area", format: format.seconds, metrics: TIMES.map((name) => `time/${name}_s`), make: (c) => TIMES.map((name) => ({ name: name.replace("_", " "), values: c[`time/${name}_s`] })) },
   { title: "Tokens per second", note: "over the whole step, and while learning", metrics: ["tokens/generated", "time/step_s", "learn/tokens_per_s"], make: throughput },
   { title: "Failed episodes", note: "attempts by kind; tasks dropped", form: "bar", whole: true, prefix: "episodes/failed/", metrics: ["groups/dropped", "episodes/completed"], make: failures },
@@ -24,6 +27,10 @@ const CHARTS = [
 function throughput(c) {
   const generated = c["tokens/generated"]?.map((tokens, at) => (tokens === null || !c["time/step_s"]?.[at] ? null : tokens / c["time/step_s"][at]));
   return [{ name: "generated", values: generated }, { name: "learned", values: c["learn/tokens_per_s"] }];
+}
+
+function byEnvironment(c) {
+  return Object.keys(c).filter((name) => name.startsWith(OF_ENV)).slice(0, MOST_ENVS).map((name) => ({ name: name.slice(OF_ENV.length), values: c[name] }));
 }
 
 function failures(c) {
@@ -49,7 +56,7 @@ export async function overview(params, state) {
     const run = first ? state.run : (state.run = await ask("run"));
     first = false;
     const wanted = CHARTS.flatMap(({ metrics, prefix }) => [...metrics, ...(prefix ? run.metrics.filter((name) => name.startsWith(prefix)) : [])]);
-    const [columns, told] = await Promise.all([ask("metrics", { names: [...new Set(wanted)].join(",") }), ask("events")]);
+    const [columns, told] = await Promise.all([ask("metrics", { name: [...new Set(wanted)] }), ask("events")]);
     for (const { spec, chart: each } of charts) {
       const mine = Object.fromEntries(Object.entries(columns.series).filter(([name]) => spec.metrics.includes(name) || (spec.prefix && name.startsWith(spec.prefix))));
       const series = spec.make(mine).filter(({ values }) => values);
@@ -134,7 +141,7 @@ function allMetrics() {
     const wanted = names.filter((name) => name.includes(filter.value.trim())).slice(0, 60);
     const mine = ++asking;
     // A question without names is one for all.
-    const columns = wanted.length ? await ask("metrics", { names: wanted.join(",") }) : { steps: [], series: {} };
+    const columns = wanted.length ? await ask("metrics", { name: wanted }) : { steps: [], series: {} };
     if (mine !== asking) return;
     for (const [name, each] of kept) if (!wanted.includes(name)) (each.end(), kept.delete(name));
     for (const name of wanted) if (!kept.has(name)) kept.set(name, chart(name, { format: name.endsWith("_s") ? format.seconds : format.number }));

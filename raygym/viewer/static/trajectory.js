@@ -99,18 +99,21 @@ function heading(told) {
 
 /** A bar as long as the episode: what generation took and what the environment took, turn by turn. */
 function timeline(told, goto) {
-  const total = told.turns.reduce((sum, turn) => sum + turn.generate_s + turn.env_s, 0);
   if (!told.turns.length) return "";
-  const generate = told.turns.reduce((sum, turn) => sum + turn.generate_s, 0);
+  // Another program's record may lack a time.
+  const sum = (name) => told.turns.reduce((seconds, turn) => (turn[name] == null ? seconds : (seconds ?? 0) + turn[name]), null);
+  const generate = sum("generate_s");
+  const env = sum("env_s");
+  const total = (generate ?? 0) + (env ?? 0);
   return h(
     "section",
     { class: "timeline", "aria-label": "Time" },
     h("div", { class: "bar" }, told.turns.map((turn, number) => {
       const text = `turn ${number + 1}: ${format.seconds(turn.generate_s)} generation, ${format.seconds(turn.env_s)} environment, reward ${format.reward(turn.reward)}`;
-      const spent = turn.generate_s + turn.env_s;
+      const spent = (turn.generate_s ?? 0) + (turn.env_s ?? 0);
       return h("button", { type: "button", title: text, "aria-label": text, vars: { "flex-grow": total ? (1000 * spent) / total : 1 }, onclick: () => goto(number) }, h("i", { class: "generate", vars: { "flex-grow": 1000 * turn.generate_s || 1e-3 } }), h("i", { class: "env", vars: { "flex-grow": 1000 * turn.env_s || 1e-3 } }), h("span", { class: turn.reward ? "earned" : "" }, turn.reward ? format.reward(turn.reward) : String(number + 1)));
     })),
-    h("p", { class: "legend" }, h("span", null, h("i", { class: "swatch generate" }), `generation ${format.seconds(generate)}`), h("span", null, h("i", { class: "swatch env" }), `environment ${format.seconds(total - generate)}`)),
+    h("p", { class: "legend" }, h("span", null, h("i", { class: "swatch generate" }), `generation ${format.seconds(generate)}`), h("span", null, h("i", { class: "swatch env" }), `environment ${format.seconds(env)}`)),
   );
 }
 
