@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ hypothesis.settings.register_profile("raygym", deadline=None)
 hypothesis.settings.load_profile("raygym")
 # Imports make many objects that live on; looking through them again and again takes a tenth of the pure tests.
 gc.set_threshold(100_000, 50, 50)
+# What a shell starts in the background ignores interrupts, and so would what tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
