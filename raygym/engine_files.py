@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _FOLDER = "engines"
@@ -31,6 +32,9 @@ def use_folder_of(session: Path, compiled: str) -> Path | None:
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # every user may write to Ray's directory
             return None
+        # Precompiled headers are where temporary files are, whatever is set: without them each start compiles for 6 s.
+        with suppress(FileExistsError):
+            (folder / Path(compiled).name).symlink_to(compiled)
     except OSError:
         return None
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)

@@ -33,7 +33,9 @@ def test_this_process_and_its_children_use_it(session: Path) -> None:
     assert Path(said).parent == folder
     assert folder.stat().st_mode & 0o077 == 0
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/compiled", "compiled code is there for the next run"
+    assert (folder / "compiled").readlink() == Path("/tmp/compiled"), "what looks for it among temporary files finds it"
     assert use_folder_of(session, "/elsewhere") == folder, "another engine of this node"
+    assert use_folder_of(session, "/tmp/compiled") == folder
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/compiled", "what is set, by the user or before, stays"
 
 
