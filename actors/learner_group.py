@@ -84,6 +84,10 @@ class LearnerGroup:
             raise LearnerError(str(error)) from error
         self._processes = self._collect(self._ready, "setup", max(0.0, deadline - time.monotonic()))
 
+    def settled(self) -> bool:
+        """Whether every rank is set up or has failed; `wait_ready` then tells at once."""
+        return len(ray.wait(self._ready, num_returns=len(self._ready), timeout=0)[0]) == len(self._ready)
+
     def update(self, sequences: Sequence[TrainSequence]) -> LearnStats:
         """One step's optimizer updates; see `Learner.update`."""
         stats: LearnStats = self.call_all("update", ray.put(list(sequences)), timeout_s=self.config.update_timeout_s)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ from raygym.rollout_state import RolloutState
 from raygym.supervision import Kind
 
 logger = logging.getLogger(__name__)
+_FEW_CORES = 4
+_POLL_S = 0.1
 
 
 class Session:
@@ -129,6 +132,7 @@ class Session:
             max_model_len = serving.context_length(config.policy, self._model_dir)
             placement = self._nemo_gym.placement
             # Without learners nothing is played for a step to come.
+            self._leave_cores()
             playing = self._nemo_gym.config.model_copy(update={} if self._learning else {"steps": 0})
             self._rollouts = Rollouts(
                 playing, self._model_dir, max_model_len, placement, self._resumed, self.supervisor
@@ -139,6 +143,18 @@ class Session:
         if self._learning:
             self._connect_learners()
         freeze_past()
+
+    def _leave_cores(self) -> None:
+        """On few cores, wait with the rollouts' processes until learners or engines are up.
+
+        All import for seconds, and one that is started beside them takes its share from the engine, which is up last.
+        """
+        if self._learners is None or not cluster.is_own() or (os.cpu_count() or 1) > _FEW_CORES:
+            return
+        assert self._deploying is not None
+        deadline = time.monotonic() + self._config.policy.startup_timeout_s
+        while not (self._deploying.done() or self._learners.settled()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def end_learners(self) -> None:
         """End what is left of a lost gang, and give its GPUs back. Nothing of it writes files after this."""

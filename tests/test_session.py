@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,3 +157,35 @@ def test_a_rollouts_session_ends_also_at_a_second_interrupt(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         rollout_command._play(config, "", 0, nothing, [], 1, RolloutConsole(1))
     assert len(session.ended) == 1 and isinstance(session.ended[0], AttributeError), "it has nothing to play"
+
+
+@pytest.mark.parametrize(("cores", "waits"), [(2, True), (64, False)])
+def test_on_few_cores_rollouts_begin_when_learners_are_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, waits: bool
+) -> None:
+    """They would only take their share of what the engine needs, which is up last."""
+    answers = [False, False, True]
+    data = {"name": "t", "steps": 1, "runs_dir": str(tmp_path), "policy": {"model": "tiny"}, "envs": [{"id": "a"}]}
+    session = module.Session(parse_config(data), "", 0)
+    monkeypatch.setattr(module.cluster, "is_own", lambda: True)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(session, "_learners", SimpleNamespace(settled=lambda: answers.pop(0)))
+    monkeypatch.setattr(session, "_deploying", Future())
+    session._leave_cores()
+    assert len(answers) == (0 if waits else 3)
+
+
+def test_on_few_cores_rollouts_begin_when_engines_are_up_before_learners(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = {"name": "t", "steps": 1, "runs_dir": str(tmp_path), "policy": {"model": "tiny"}, "envs": [{"id": "a"}]}
+    session = module.Session(parse_config(data), "", 0)
+    monkeypatch.setattr(module.cluster, "is_own", lambda: True)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(session, "_learners", SimpleNamespace(settled=lambda: False))
+    deploying: Future[None] = Future()
+    monkeypatch.setattr(session, "_deploying", deploying)
+    timer = threading.Timer(0.3, deploying.set_result, (None,))
+    timer.start()
+    session._leave_cores()
+    assert deploying.done()
