@@ -119,10 +119,9 @@ def require_free(sign_name: str, app: str) -> None:
 
 
 def _taken(app: str) -> ConfigError:
-    run = app.removeprefix(serving.app_name(""))
     return ConfigError(
-        f"name: a run of this name ({run}) is on this cluster, and would lose its engines; wait for it, stop it, or "
-        "give this one another name"
+        f"name: a run of this name ({serving.run_name(app)}) is on this cluster, and would lose its engines; wait for "
+        "it, stop it, or give this one another name"
     )
 
 
@@ -156,7 +155,7 @@ def remove_patiently(app: str, ends_serve: bool) -> None:
 def remove(app: str, ends_serve: bool) -> None:
     """Delete an application; with `ends_serve` Serve itself, too, where nothing else is deployed."""
     if serve_runs():
-        serving.undeploy(app.removeprefix(serving.app_name("")))
+        serving.undeploy(serving.run_name(app))
         if ends_serve:
             end_unused_serve()
 

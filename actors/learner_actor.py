@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from raygym.config import LearnerConfig
-
 
 class LearnerActor:
-    """A rank of the gang. What `Learner` does, by its methods' names."""
+    """A rank of the gang: what `Learner` does, by its methods' names."""
 
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        model_dir: str,
-        config: LearnerConfig,
-        temperature: float,
-        total_updates: int | None = None,
-    ) -> None:
+    def __init__(self, *args: Any) -> None:
         """The arguments are those of `Learner`."""
         # It takes seconds, and this process is not the one that everybody waits for.
         from raygym.actors.learner import Learner
 
-        self._learner = Learner(rank, world_size, model_dir, config, temperature, total_updates)
-
-    def ping(self) -> int:
-        """A sign of life: the rank."""
-        return self._learner.ping()
+        self._learner = Learner(*args)
 
     def call(self, method: str, *args: Any) -> Any:
         """What the method of `Learner` returns or raises."""

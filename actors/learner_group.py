@@ -163,7 +163,7 @@ class LearnerGroup:
             if ping in answered:
                 self._answer(rank, ping, "ping", _ANSWER_TIMEOUT_S)
         if len(answered) == len(self._pings):
-            self._pings, self._pinged = [actor.ping.remote() for actor in self.actors], now
+            self._pings, self._pinged = [ask(actor, "ping") for actor in self.actors], now
         elif now - self._pinged > self.config.update_timeout_s:
             ranks = [rank for rank, ping in enumerate(self._pings) if ping not in answered]
             raise self._missed(ranks, "ping", self.config.update_timeout_s)
@@ -221,7 +221,7 @@ class LearnerGroup:
         system does not let them, when this returns."""
         for actor in self.actors:
             ray.kill(actor)
-        last = [actor.ping.remote() for actor in self.actors]
+        last = [ask(actor, "ping") for actor in self.actors]
         ray.wait(last, num_returns=len(last), timeout=_KILL_TIMEOUT_S)
         here = ray.get_runtime_context().get_node_id()
         seen = [pid for node, pid in self._processes if node == here]

@@ -57,6 +57,11 @@ def app_name(run_name: str) -> str:
     return f"raygym-{run_name}"
 
 
+def run_name(app: str) -> str:
+    """The run that a Serve application is of; the other way round."""
+    return app.removeprefix(app_name(""))
+
+
 def engine_environment(config: PolicyConfig) -> dict[str, str]:
     """Environment variables of a replica; whatever the user exported wins."""
     environment = _EVERY_ENGINE_ENV | _REPLICA_ENV

@@ -131,8 +131,8 @@ class Session:
             self._nemo_gym = NemoGym(config, self.url, config.run_dir / "nemo_gym" if self._learning else None)
             max_model_len = serving.context_length(config.policy, self._model_dir)
             placement = self._nemo_gym.placement
-            # Without learners nothing is played for a step to come.
             self._leave_cores()
+            # Without learners nothing is played for a step to come.
             playing = self._nemo_gym.config.model_copy(update={} if self._learning else {"steps": 0})
             self._rollouts = Rollouts(
                 playing, self._model_dir, max_model_len, placement, self._resumed, self.supervisor
