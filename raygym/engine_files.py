@@ -33,6 +33,8 @@ def use_folder_of(session: Path, compiled: str) -> Path | None:
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # every user may write to Ray's directory
             return None
         # Precompiled headers are where temporary files are, whatever is set: without them each start compiles for 6 s.
+        # Nothing can be made below a link whose folder is missing, as on a new machine.
+        Path(compiled).mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError):
             (folder / Path(compiled).name).symlink_to(compiled)
     except OSError:

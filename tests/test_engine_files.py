@@ -23,8 +23,9 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_this_process_and_its_children_use_it(session: Path) -> None:
-    folder = use_folder_of(session, "/tmp/compiled")
+def test_this_process_and_its_children_use_it(session: Path, tmp_path: Path) -> None:
+    compiled = tmp_path / "compiled"
+    folder = use_folder_of(session, str(compiled))
     assert folder is not None
     assert folder.parent == session
     assert Path(tempfile.mkdtemp()).parent == folder
@@ -32,11 +33,26 @@ def test_this_process_and_its_children_use_it(session: Path) -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert Path(said).parent == folder
     assert folder.stat().st_mode & 0o077 == 0
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/compiled", "compiled code is there for the next run"
-    assert (folder / "compiled").readlink() == Path("/tmp/compiled"), "what looks for it among temporary files finds it"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(compiled), "compiled code is there for the next run"
+    assert (folder / "compiled").readlink() == compiled, "what looks for it among temporary files finds it"
     assert use_folder_of(session, "/elsewhere") == folder, "another engine of this node"
-    assert use_folder_of(session, "/tmp/compiled") == folder
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/compiled", "what is set, by the user or before, stays"
+    assert use_folder_of(session, str(compiled)) == folder
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(compiled), "what is set, by the user or before, stays"
+
+
+def test_what_is_compiled_first_on_a_machine_can_be_kept(session: Path, tmp_path: Path) -> None:
+    compiled = tmp_path / "new" / "torchinductor_somebody"
+    folder = use_folder_of(session, str(compiled))
+    assert folder is not None
+    below = folder / compiled.name / "precompiled_headers"
+    below.mkdir(parents=True, exist_ok=True)
+    assert (compiled / below.name).is_dir()
+
+
+def test_where_compiled_code_cannot_be_kept_nothing_changes(session: Path) -> None:
+    (session / "file").touch()
+    assert use_folder_of(session, str(session / "file" / "compiled")) is None
+    assert os.environ["TMPDIR"] == "/tmp"
 
 
 def a_long_name(session: Path) -> Path:
