@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import httpx
 import numpy as np
@@ -30,6 +32,8 @@ from raygym.types import Sampling
 
 PROMPT, ANSWER = 64, 32
 LEVELS = [1, 8, 32]
+# A sample is of several rounds where one takes seconds only, the paths in turn: the machine's speed changes meanwhile.
+_ROUNDS = {1: 4, 8: 2}
 # No prefix cache: two of the paths share an engine, and the second would find the first one's prompts in it.
 _ENGINE = {"max_model_len": 512, "enable_prefix_caching": False}
 Send = Callable[[int], Awaitable[int]]
@@ -44,12 +48,14 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="requests at once")
     options = parser.parse_args()
     calibrate()
-    repetitions, rounds = (1, 1) if options.quick else (3, 1)
+    repetitions = 1 if options.quick else 3
     model_dir = str(resolve_policy(options.model))
     config = serving.with_engine_defaults(PolicyConfig(model=options.model, vllm=_ENGINE), model_dir)
     samples: dict[str, list[float]] = {}
-    with vllm_serve(config, model_dir) as plain_url, raygym_serve(config, model_dir) as (url, app):
-        asyncio.run(measure(samples, options, repetitions, rounds, plain_url, url, app))
+    with vllm_serve(config, model_dir) as plain, raygym_serve(config, model_dir) as (url, app):
+        # Both have started side by side.
+        wait_healthy(*plain)
+        asyncio.run(measure(samples, options, repetitions, plain[0], url, app))
     for path in ("handle", "http"):
         at_levels = [f"{path}_tokens_over_vllm_{level}" for level in options.levels]
         samples[f"{path}_tokens_over_vllm"] = worst(samples, at_levels)
@@ -64,7 +70,6 @@ async def measure(
     samples: dict[str, list[float]],
     options: argparse.Namespace,
     repetitions: int,
-    rounds: int,
     plain_url: str,
     url: str,
     app: str,
@@ -80,18 +85,31 @@ async def measure(
             await load(send, 4, 4)
         for repetition in range(repetitions):
             for level in options.levels:
-                names = list(paths)
-                for name in names[repetition % 3 :] + names[: repetition % 3]:
-                    seen = await load(paths[name], level, max(4, level * rounds))
-                    for metric, value in seen.items():
+                loads: dict[str, list[Load]] = {name: [] for name in paths}
+                for turn in range(_ROUNDS.get(level, 1)):
+                    names = deque(paths)
+                    names.rotate(-repetition - turn)
+                    for name in names:
+                        loads[name].append(await load(paths[name], level, level))
+                for name, rounds in loads.items():
+                    for metric, value in figures(rounds).items():
                         samples.setdefault(f"{name}_{metric}_{level}", []).append(value)
                 for name in ("http", "handle"):
                     ratio = samples[f"{name}_tokens_per_s_{level}"][-1] / samples[f"vllm_tokens_per_s_{level}"][-1]
                     samples.setdefault(f"{name}_tokens_over_vllm_{level}", []).append(ratio)
 
 
-async def load(send: Send, concurrent: int, requests: int) -> dict[str, float]:
-    """Send requests, so many at once; tokens and requests a second, and latencies in ms."""
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a path did in one go."""
+
+    seconds: float
+    tokens: int
+    latencies_s: list[float]
+
+
+async def load(send: Send, concurrent: int, requests: int) -> Load:
+    """Send requests, so many at once."""
     numbers, latencies, tokens = iter(range(requests)), [], 0
 
     async def worker() -> None:
@@ -104,9 +122,21 @@ async def load(send: Send, concurrent: int, requests: int) -> dict[str, float]:
 
     started = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(concurrent)))
-    seconds = time.perf_counter() - started
-    p50, p99 = np.percentile(np.asarray(latencies) * 1000, [50, 99])
-    return {"tokens_per_s": tokens / seconds, "requests_per_s": requests / seconds, "ms_p50": p50, "ms_p99": p99}
+    return Load(time.perf_counter() - started, tokens, latencies)
+
+
+def figures(rounds: list[Load]) -> dict[str, float]:
+    """Tokens and requests a second, and latencies in ms, of all rounds together."""
+    seconds = sum(one.seconds for one in rounds)
+    latencies_s = [latency for one in rounds for latency in one.latencies_s]
+    p50, p99 = np.percentile(np.asarray(latencies_s) * 1000, [50, 99])
+    tokens = sum(one.tokens for one in rounds)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "requests_per_s": len(latencies_s) / seconds,
+        "ms_p50": p50,
+        "ms_p99": p99,
+    }
 
 
 def prompt(number: int) -> list[int]:
@@ -144,8 +174,8 @@ def over_handle(app: str) -> Send:
 
 
 @contextmanager
-def vllm_serve(config: PolicyConfig, model_dir: str) -> Iterator[str]:
-    """vLLM's own server with the engine settings of a raygym replica."""
+def vllm_serve(config: PolicyConfig, model_dir: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """vLLM's own server with the engine settings of a raygym replica, as it starts; see `wait_healthy`."""
     port, flags = (
         cluster.http_port(config.http),
         ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"],
@@ -162,9 +192,7 @@ def vllm_serve(config: PolicyConfig, model_dir: str) -> Iterator[str]:
         command, env=os.environ | serving.engine_environment(config), stdout=log, stderr=log
     ) as process:  # fmt: skip
         try:
-            url = f"http://127.0.0.1:{port}"
-            wait_healthy(url, process)
-            yield url
+            yield f"http://127.0.0.1:{port}", process
         except BaseException:
             log.seek(0)
             print(log.read()[-2000:], file=sys.stderr)
