@@ -53,7 +53,7 @@ def main() -> None:
     repetitions = 1 if options.quick else 3
     levels = options.only or ([64] if options.quick else list(EPISODES))
     samples: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="raygym-nemo-gym-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rg-gym-") as folder:
         theirs = play_theirs(levels, repetitions, Path(folder))
     for places in levels:
         compare(samples, places, play_ours(places, repetitions), theirs[places])

@@ -139,8 +139,10 @@ def _gym(*arguments: str) -> list[str]:
 @contextmanager
 def _process(command: list[str], folder: Path, log: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is gone at the end with all that it started."""
+    # It joins the cluster that Ray's folder names, even one that was killed months ago, and waits for it for minutes.
+    environment = clean_environment() | {"RAY_TMPDIR": str(folder)}
     process = subprocess.Popen(
-        command, cwd=folder, env=clean_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         yield process
