@@ -267,8 +267,8 @@ def efficiency(name: str, simulated: dict[str, Any], places: int, episodes: int,
     samples: dict[str, list[float]] = {}
     rollout = {"groups_per_step": episodes // 4, "group_size": 4, "max_concurrent": places}
     config = SimulatedConfig(**{"max_model_len": 8192, **simulated})
-    with rollout_stack(simulated, rollout, turns=TURNS, steps=repetitions + 1) as stack:
-        stack.collect()
+    with rollout_stack(simulated, rollout, turns=TURNS, steps=repetitions) as stack:
+        stack.warm_up()
         for _ in range(repetitions):
             measured = stack.collect()
             played = trajectories(measured)
