@@ -763,6 +763,26 @@ def test_two_runs_are_compared_by_command(tmp_path: Path, capsys: pytest.Capture
     assert "nothing to compare" in capsys.readouterr().out
 
 
+def test_what_was_run_by_itself_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    serving, learner = (
+        made({"handle_tokens_over_vllm": [1.0]}, "serving"),
+        made({"padding_fraction_max": [0.0]}, "learner"),
+    )
+    (tmp_path / "printed.txt").write_text(f"a step took 3 s\n{{not this}}\n{serving.model_dump_json()}\n\n")
+    (tmp_path / "written.json").write_text(learner.model_dump_json(indent=1) + "\n")
+    (tmp_path / "broken.txt").write_text("a step took 3 s\n")
+    out = tmp_path / "results"
+    files = [str(tmp_path / name) for name in ("printed.txt", "written.json", "broken.txt")]
+    assert command.main(["keep", *files, "--out", str(out)]) == 2
+    assert "broken.txt: is no JSON" in capsys.readouterr().err
+    assert not out.exists(), "one that is broken keeps the others out, too"
+    assert command.main(["keep", *files[:2], "--out", str(out)]) == 0
+    assert Kept(out).results() == {"serving": serving, "learner": learner}
+    assert {name: outcome.status for name, outcome in Kept(out).outcomes().items()} == dict.fromkeys(
+        ("serving", "learner"), "done"
+    )
+
+
 # Pages
 
 

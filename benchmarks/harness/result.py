@@ -163,10 +163,28 @@ def read_result(path: Path) -> Result:
     Raises:
         ResultError: it cannot be read, or is no result of this schema.
     """
+    return _measured(_text(path), path)
+
+
+def printed_result(path: Path) -> Result:
+    """A file of what a benchmark printed, whose last line is the result; or one that the suite has written.
+
+    Raises:
+        ResultError: it cannot be read, or there is no result of this schema in it.
+    """
+    text = _text(path).strip()
+    last = text.rpartition("\n")[2]
+    return _measured(last if last.startswith("{") else text, path)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ResultError(f"{path}: cannot be read: {error}") from None
+
+
+def _measured(text: str, path: Path) -> Result:
     found = parse_result(text, str(path))
     if isinstance(found, Skipped):
         raise ResultError(f"{path}: is of a benchmark that was skipped ({found.skipped}); expected what it measured")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from harness.result import Result, ResultError
+from harness.result import Result, ResultError, printed_result
 
 from suite.compare import agree, compare
 from suite.entries import CALIBRATION, ENTRIES, QUICK_MINUTES, Entry
@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--minutes", type=float, help=f"for all together (default: {QUICK_MINUTES:g}; full: no limit)")
     run.add_argument("--out", type=Path, help="the results' folder (default: runs/bench; full: benchmarks/results)")
     run.set_defaults(do=_run)
+    keep = commands.add_parser(
+        "keep", help="take over what a benchmark printed that was run by itself, with its options"
+    )
+    keep.add_argument("printed", type=Path, nargs="+", help="a file whose last line, or whole, is a result")
+    keep.add_argument("--out", type=Path, default=COMMITTED, help="the results' folder (default: benchmarks/results)")
+    keep.set_defaults(do=_keep)
     pages = commands.add_parser("pages", help="make benchmarks/README.md and the README's figures from the results")
     pages.add_argument("--check", action="store_true", help="change nothing; fail if they are out of date")
     pages.set_defaults(do=_pages)
@@ -102,6 +108,16 @@ def _tell_bad(outcomes: Mapping[str, Outcome]) -> None:
         if outcome.status != "done":
             print(f"{name}: {outcome.status}: {outcome.why}")
     print("all of it: " + ", ".join(f"{name} {outcome.seconds:.0f} s" for name, outcome in outcomes.items()))
+
+
+def _keep(options: argparse.Namespace) -> int:
+    # All are read before one is written: a broken one must not leave half of them.
+    results = [printed_result(path) for path in options.printed]
+    kept = Kept(options.out)
+    for result in results:
+        kept.keep(result.name, Outcome(status="done", seconds=result.seconds, limit_s=result.seconds), result)
+        print(f"kept: {kept.result_file(result.name)}: {result.command}")
+    return GOOD
 
 
 def _pages(options: argparse.Namespace) -> int:
