@@ -140,7 +140,7 @@ def smollm2(quick: bool) -> dict[str, float]:
 
 def simulated(quick: bool) -> dict[str, float]:
     """Synchronous against asynchronous against the ideal, where generating takes about as long as learning."""
-    return compared(*pair(simulated_config(GPU_STEP_S), 14 if quick else 50), "simulated", "simulated")
+    return compared(*pair(simulated_config(GPU_STEP_S), 11 if quick else 50), "simulated", "simulated")
 
 
 def simulated_fast(quick: bool) -> dict[str, float]:

@@ -11,7 +11,7 @@ is beyond 1,024 GPUs is told by a manager that is slower by a factor, beside 64 
 it would be with so many times the GPUs and the EnvRunners.
 
 With `--quick` of the largest size only one step, of half as many episodes as run at once, is played after one: enough
-for the scheduler's time with 100,000 episodes in flight, and not for its throughput, which is then not reported.
+for the scheduler's time with 25,600 episodes in flight, and not for its throughput, which is then not reported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from raygym.actors import cluster
 from raygym.batching_config import BatchingConfig
 
 GPUS = (1, 4, 16, 64, 256, 1024)
-QUICK_GPUS = (1, 4, 16, 64, 1024)
+QUICK_GPUS = (1, 4, 16, 64, 256)
 LARGEST_OF_ALL_BOUNDS = 256
 """Beyond it only `max_staleness` 1 is played, unless `--gpus` says otherwise: each takes minutes."""
 PLACES_PER_GPU = 100

@@ -43,13 +43,14 @@ class Entry:
 ENTRIES = (
     Entry(CALIBRATION, 180, 300),
     Entry("serving", 240, 1800, needs=("vllm",)),
+    # A quarter of a minute.
+    Entry("environments", 90, 300),
     Entry("rollout", 300, 3600, quick=("--quick", "--only", "64", "1024", "overhead")),
     Entry("learner", 240, 5400, needs=("deepspeed",)),
     Entry("weight_sync", 150, 1800, needs=("deepspeed",), full_needs=("vllm",)),
     Entry("end_to_end", 420, 3000, needs=("deepspeed", "vllm")),
     Entry("scale", 150, 1200),
     Entry("nemo_gym", 180, 1800),
-    Entry("environments", 90, 300),
     Entry("rollout_faults", None, 1200),
     Entry("staleness", None, 5400, needs=("deepspeed", "vllm")),
     Entry("calibrate_simulated", None, 1800, needs=("vllm",)),
