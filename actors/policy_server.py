@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ class PolicyServer:
         )
         self._replica_id: str = context.replica_id.unique_id
         self._turns = TurnServer(self._answer)
-        self._refuses_turns = False
         self._weights = ReplicaWeights(
             self._replica_id,
             ray.get_runtime_context().get_node_id(),
@@ -177,7 +176,7 @@ class PolicyServer:
         Raises:
             EpisodeFailure: `engine_lost`, it has no current weights, or its engine is dead.
         """
-        if self._refuses_turns or not self._weights.admission.admitted:
+        if self._weights.failure is not None or not self._weights.admission.admitted:
             raise EpisodeFailure(FailureKind.ENGINE_LOST, f"replica {self._replica_id} may not serve now")
         return await self._turns.address(self._replica_id, ray.util.get_node_ip_address())
 
@@ -190,13 +189,8 @@ class PolicyServer:
 
     async def _refuse_turns_if_dead(self) -> None:
         """A dead engine fails at once, so the replica would look idle and draw all turns until Serve replaces it."""
-        try:
+        with suppress(Exception):  # whom it is told
             await self.check_health()
-        except Exception as error:
-            if not self._refuses_turns:
-                logger.error("replica %s takes no more turns: %s", self._replica_id, error)
-            self._refuses_turns = True
-            self._turns.close()
 
     async def misfit(self, shapes: dict[str, tuple[int, ...]]) -> str:
         """See `ReplicaWeights`."""
@@ -218,9 +212,14 @@ class PolicyServer:
 
     async def check_health(self) -> None:
         """Serve's health check: raises when this replica must be replaced."""
+        if self._weights.failure is None:
+            try:
+                await self._engine.check_health()
+            except Exception as error:
+                logger.error("replica %s takes no more turns, its engine is dead: %s", self._replica_id, error)
+                self._weights.fail(error)
         if (failure := self._weights.failure) is not None:
-            raise EngineError(f"replica {self._rank} holds unusable weights") from failure
-        await self._engine.check_health()
+            raise EngineError(f"replica {self._rank} has to be replaced: {failure}") from failure
 
     def __del__(self) -> None:
         """Serve's graceful shutdown: end the engine's processes with the replica."""

@@ -184,13 +184,13 @@ class Replicas:
         threading.Thread(target=self._beat, args=(beat,), name="beat", daemon=True).start()
         with self._changed:
             silent = [name for name in self._book.silent() if name not in self._book.may_serve()]
-            fenced = [name for name in silent if self._book.fence(name)]
+            fenced = {name: self._book.why_silent(name) for name in silent if self._book.fence(name)}
             serving = len(self._book.serving())
             for name in silent:
                 if self._book.silent_s(name) > _FORGOTTEN_AFTER * self._book.lease_s:
                     self._book.forget(name)
             behind = bool(self._book.behind())
-        for name in fenced:
-            self._lost(name, f"gave no answer for {self._book.lease_s:g} s", serving)
+        for name, why in fenced.items():
+            self._lost(name, why, serving)
         if behind:
             self._behind()

@@ -38,6 +38,8 @@ class ReplicaState:
     pid: int = 0
     first_token_at: float | None = None
     """When its engine made its first token, in seconds since the epoch; None before that."""
+    broken: str = ""
+    """Why it will never serve again and waits to be replaced; empty where it works."""
 
     @property
     def weight_version(self) -> int:
@@ -183,8 +185,13 @@ class LeaseBook:
             member.heard_s += seconds
 
     def silent(self) -> list[str]:
-        """Replicas that were not heard for as long as a lease."""
+        """Replicas that were not heard for as long as a lease, or have said that they will never serve again."""
         return [name for name, member in self._members.items() if self._is_silent(member)]
+
+    def why_silent(self, name: str) -> str:
+        """Of one of them, behind its name."""
+        broken = self._members[name].state.broken
+        return f"waits to be replaced: {broken}" if broken else f"gave no answer for {self.lease_s:g} s"
 
     def may_serve_until_s(self, name: str) -> float:
         """By the book's clock, the end of the last lease that it was given."""
@@ -219,4 +226,4 @@ class LeaseBook:
         return member.state.weights == self._replaced and not (member.fenced or member.state.fenced)
 
     def _is_silent(self, member: _Member) -> bool:
-        return self._clock() - member.heard_s > self.lease_s
+        return bool(member.state.broken) or self._clock() - member.heard_s > self.lease_s

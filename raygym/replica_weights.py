@@ -68,7 +68,14 @@ class ReplicaWeights:
         self._updating = asyncio.Lock()
         self.admission = Admission(replica, Lease(leased))
         self.failure: BaseException | None = None
-        """Why the engine's weights are unusable, so that the replica has to be replaced."""
+        """Why the engine is unusable, so that the replica has to be replaced."""
+
+    def fail(self, failure: BaseException) -> None:
+        """The engine will never serve again. The driver learns why by the next beat; the first reason is the one."""
+        if self.failure is None:
+            self.failure = failure
+            self.admission.fence()
+            self._fenced()
 
     def state(self) -> ReplicaState:
         """Which weights it serves, and whether it may."""
@@ -85,6 +92,7 @@ class ReplicaWeights:
             admission.fenced,
             os.getpid(),
             self._engine.first_token_at,
+            "" if self.failure is None else _one_line(self.failure),
         )
 
     def beat(self, beat: Beat) -> ReplicaState:
@@ -125,8 +133,7 @@ class ReplicaWeights:
         self, offer: VersionOffer, on_update: OnUpdate, finish_timeout_s: float, load_timeout_s: float
     ) -> Applied:
         if self.failure is not None:
-            why = f"{type(self.failure).__name__}: {self.failure}"
-            raise EngineError(f"it waits to be replaced, since an update before failed: {why}") from self.failure
+            raise EngineError(f"it waits to be replaced: {_one_line(self.failure)}") from self.failure
         if self.state().weights == offer.weights:
             return Applied(self.state())
         path = offer.paths.get(self._node)
@@ -157,7 +164,10 @@ class ReplicaWeights:
                 await self._engine.resume()
         except BaseException as error:
             late = EngineError(f"the engine did not load version {weights.version} within {timeout_s:g} s")
-            self.failure = late if deadline.expired() else error
-            self.admission.fence()
-            self._fenced()
-            raise self.failure from None
+            failure = late if deadline.expired() else error
+            self.fail(failure)
+            raise failure from None
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

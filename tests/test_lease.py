@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -113,6 +113,21 @@ def test_a_grant_from_before_it_fenced_itself_does_not_count() -> None:
     assert replica.serves() is None
     book.heard(replica.state())
     assert not book.may_serve(), "it said so itself"
+
+
+def test_one_that_will_never_serve_again_is_fenced_at_once_with_its_reason() -> None:
+    time = Time()
+    book, dead, well = LeaseBook(LEASE_S, time), Replica("dead", time, 3.0), Replica("well", time, 0.0)
+    book.weights = OLD
+    for _ in range(2):
+        beat(book, dead, well)
+    dead.admission.fence()
+    book.heard(replace(dead.state(), broken="EngineDeadError: no memory"))
+    assert book.silent() == ["dead"] and book.answering() == {"well"} and not book.behind()
+    assert "dead" not in book.may_serve() and "dead" not in book.beat().granted
+    assert book.fence("dead") and book.why_silent("dead") == "waits to be replaced: EngineDeadError: no memory"
+    time.now += LEASE_S + 0.1
+    assert book.why_silent("well") == "gave no answer for 10 s"
 
 
 def test_what_is_overtaken_is_ignored() -> None:

@@ -210,7 +210,19 @@ async def test_an_engine_that_fails_while_it_loads_is_unusable(
     assert "the engine loaded something else" in refused.problem
     assert isinstance(replica.weights.failure, WeightsError)
     assert refused.state.fenced and not refused.state.admitted and replica.fenced == 1
-    assert "an update before failed" in (await replica.update(offer_of(slots, manifest, 2))).problem
+    assert refused.state.broken.startswith("WeightsError: the engine loaded something else")
+    again = await replica.update(offer_of(slots, manifest, 2))
+    assert "waits to be replaced: WeightsError: the engine loaded something else" in again.problem
+
+
+async def test_a_dead_engine_is_told_with_its_reason(model_dir: Path) -> None:
+    replica = Replica(model_dir)
+    assert replica.weights.state().broken == ""
+    replica.weights.fail(EngineError("it died\n of this"))
+    replica.weights.fail(EngineError("and of that"))
+    state = replica.weights.state()
+    assert (state.broken, state.admitted, state.fenced) == ("EngineError: it died of this", False, True)
+    assert replica.fenced == 1, "what is in hand ended once"
 
 
 async def test_an_engine_that_hangs_while_it_loads_is_given_up(
