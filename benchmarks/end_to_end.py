@@ -127,7 +127,7 @@ def demo(quick: bool) -> dict[str, float]:
 
 def tiny(quick: bool) -> dict[str, float]:
     """Synchronous against asynchronous with the real engine, and start-up and logging of the first of them."""
-    synchronous, asynchronous = pair(BIG_TINY, 15 if quick else 40)
+    synchronous, asynchronous = pair(BIG_TINY, 12 if quick else 40)
     found = compared(synchronous, asynchronous, "tiny", "real_tiny")
     started = start_up(synchronous, "tiny")
     return {"start_s": started.pop("ready_s_tiny")} | started | found | logging(synchronous, "tiny", "_tiny")

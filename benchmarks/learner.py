@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "kl": {"kl_coef": 0.1},
 }
 """What both have. `kl` shows from the second step on, since the first is made with the reference's own weights."""
+QUICK_SETTINGS = ("token_mean", "gspo", "kl")
 ADVANTAGES_DIFFER = 1e-4
 
 
@@ -69,13 +70,16 @@ class Run:
     trl_rows: tuple[int, ...]
     learner: dict[str, Any]
     profile: bool
+    settings: Sequence[str] = tuple(SETTINGS)
 
 
 def main() -> None:
     """Measure, then report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="the tiny model, one repetition, no search of micro-batches"
+        "--quick",
+        action="store_true",
+        help="the tiny model, one repetition, no search of micro-batches, three settings",
     )
     parser.add_argument("--only", nargs="+", default=[], choices=list(MEASUREMENTS), help="names of measurements")
     parser.add_argument(
@@ -98,9 +102,10 @@ def main() -> None:
             trl_rows=tuple(options.trl_rows) or ((8,) if options.quick else TRL_ROWS),
             learner=options.learner,
             profile=options.profile,
+            settings=QUICK_SETTINGS if options.quick else tuple(SETTINGS),
         )
         samples: dict[str, list[float]] = {}
-        for name in options.only or list(MEASUREMENTS):
+        for name in options.only or [name for name in MEASUREMENTS if not (options.quick and name in NOT_QUICK)]:
             samples |= MEASUREMENTS[name](run)
     config = f"{model}, fp32, {threads()} threads, TRL 1.16.0"
     if options.learner:
@@ -130,11 +135,12 @@ def equal_checkpointed(run: Run) -> dict[str, list[float]]:
 
 
 def common_settings(run: Run) -> dict[str, list[float]]:
-    """Loss and gradient norm of two steps with each of SETTINGS, on the tiny model, logits at another temperature."""
+    """Loss and gradient norm of two steps with each setting, on the tiny model, logits at another temperature."""
     samples: dict[str, list[float]] = {}
     run = replace(run, model_dir=resolve_policy(QUICK_MODEL))
     lengths = Workload(groups=2, group_size=8, prompt_tokens=16, completion_tokens=32, sigma=0.7, longest=128)
-    for name, changes in SETTINGS.items():
+    for name in run.settings:
+        changes = SETTINGS[name]
         rollouts = make_rollouts(
             lengths,
             run.model_dir,
@@ -156,6 +162,7 @@ MEASUREMENTS: Mapping[str, Callable[[Run], dict[str, list[float]]]] = {
     "equal_checkpointed": equal_checkpointed,
     "settings": common_settings,
 }
+NOT_QUICK = ("equal_checkpointed",)
 
 
 def beside(run: Run, name: str, settings: LearnSettings, rollouts: Rollouts) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -34,6 +34,7 @@ PROMPT, ANSWER = 64, 32
 LEVELS = [1, 8, 32]
 # A sample is of several rounds where one takes seconds only, the paths in turn: the machine's speed changes meanwhile.
 _ROUNDS = {1: 4, 8: 2}
+_QUICK_ROUNDS = {1: 3}
 # No prefix cache: two of the paths share an engine, and the second would find the first one's prompts in it.
 _ENGINE = {"max_model_len": 512, "enable_prefix_caching": False}
 Send = Callable[[int], Awaitable[int]]
@@ -48,14 +49,14 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="requests at once")
     options = parser.parse_args()
     calibrate()
-    repetitions = 1 if options.quick else 3
+    repetitions, rounds = (1, _QUICK_ROUNDS) if options.quick else (3, _ROUNDS)
     model_dir = str(resolve_policy(options.model))
     config = serving.with_engine_defaults(PolicyConfig(model=options.model, vllm=_ENGINE), model_dir)
     samples: dict[str, list[float]] = {}
     with vllm_serve(config, model_dir) as plain, raygym_serve(config, model_dir) as (url, app):
         # Both have started side by side.
         wait_healthy(*plain)
-        asyncio.run(measure(samples, options, repetitions, plain[0], url, app))
+        asyncio.run(measure(samples, options, repetitions, rounds, plain[0], url, app))
     for path in ("handle", "http"):
         at_levels = [f"{path}_tokens_over_vllm_{level}" for level in options.levels]
         samples[f"{path}_tokens_over_vllm"] = worst(samples, at_levels)
@@ -70,6 +71,7 @@ async def measure(
     samples: dict[str, list[float]],
     options: argparse.Namespace,
     repetitions: int,
+    rounds: Mapping[int, int],
     plain_url: str,
     url: str,
     app: str,
@@ -86,13 +88,13 @@ async def measure(
         for repetition in range(repetitions):
             for level in options.levels:
                 loads: dict[str, list[Load]] = {name: [] for name in paths}
-                for turn in range(_ROUNDS.get(level, 1)):
+                for turn in range(rounds.get(level, 1)):
                     names = deque(paths)
                     names.rotate(-repetition - turn)
                     for name in names:
                         loads[name].append(await load(paths[name], level, level))
-                for name, rounds in loads.items():
-                    for metric, value in figures(rounds).items():
+                for name, taken in loads.items():
+                    for metric, value in figures(taken).items():
                         samples.setdefault(f"{name}_{metric}_{level}", []).append(value)
                 for name in ("http", "handle"):
                     ratio = samples[f"{name}_tokens_per_s_{level}"][-1] / samples[f"vllm_tokens_per_s_{level}"][-1]
