@@ -93,6 +93,9 @@ def _draw_lines(axes: Axes, plot: Lines) -> None:
     places = sorted({point[0] for series in plot.series for point in series.points})
     axes.set_xticks(places, [f"{place:,.0f}" for place in places])
     axes.minorticks_off()
+    # The margin above is a part of the whole height: of lines that hardly change it would be none otherwise.
+    axes.update_datalim([(places[0], 0)])
+    axes.autoscale_view()
     axes.set_ylim(bottom=0)
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
