@@ -176,7 +176,7 @@ class PolicyServer:
         Raises:
             EpisodeFailure: `engine_lost`, it has no current weights, or its engine is dead.
         """
-        if self._weights.failure is not None or not self._weights.admission.admitted:
+        if not self._weights.admission.admitted:  # nor one whose engine is dead, see `ReplicaWeights.fail`
             raise EpisodeFailure(FailureKind.ENGINE_LOST, f"replica {self._replica_id} may not serve now")
         return await self._turns.address(self._replica_id, ray.util.get_node_ip_address())
 
