@@ -61,7 +61,7 @@ def supervisors() -> list[int]:
     for path in Path("/proc").iterdir():
         # Gone since it was listed, perhaps.
         with suppress(OSError):
-            if path.name.isdigit() and BOOT.encode() in (path / "cmdline").read_bytes().split(b"\0"):
+            if path.name.isdigit() and run._BOOT.encode() in (path / "cmdline").read_bytes().split(b"\0"):
                 found.append(int(path.name))
     return found
 
@@ -343,8 +343,19 @@ async def test_the_end_of_the_asking_process_kills(namespaces, directory):
     await until(lambda: not supervisors() and not list(directory.iterdir()))
 
 
-async def test_the_end_of_the_supervisor_is_an_error_and_kills(directory):
-    running = asyncio.ensure_future(run_program("import time; time.sleep(60)", limits=Limits(60)))
+# The later one is killed before the program's process has asked to be killed with it.
+SLOW_TO_SHUT_IN = (
+    "import time; from raygym.sandbox import jail; do = jail.{0}; jail.{0} = lambda: (time.sleep(0.5), do()); "
+)
+
+
+@both
+@pytest.mark.parametrize("slow", ["", SLOW_TO_SHUT_IN.format("become_nobody")], ids=["at once", "slowly"])
+async def test_the_end_of_the_supervisor_is_an_error_and_kills(directory, namespaces, slow, monkeypatch):
+    monkeypatch.setattr(run, "_BOOT", BOOT.replace("main()", slow + "main()"))
+    running = asyncio.ensure_future(
+        run_program("import time; time.sleep(60)", limits=Limits(60), namespaces=namespaces)
+    )
     await until(lambda: len(supervisors()) == 2)
     os.kill(min(supervisors()), signal.SIGKILL)
     with pytest.raises(SandboxError, match="ended with status -9"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import select
+import signal
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -110,9 +112,18 @@ def become_nobody() -> None:
     _check(_LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
-def die_with_parent() -> None:
-    """Be killed when the parent ends. To be called after the last change of user, which forgets it."""
-    _check(_LIBC.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
+def die_with_parent(heard: int) -> None:
+    """Be killed when the parent ends; end now if it has. To be called after the last change of user: that forgets it.
+
+    Args:
+        heard: the writing end of a pipe whose reading end nobody but the parent holds: the kernel says nothing of a
+            parent that ended before it was asked, and in a namespace of its own a process cannot see its parent's ID.
+    """
+    _check(_LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    listener = select.poll()
+    listener.register(heard, 0)
+    if listener.poll(0):
+        os._exit(1)
 
 
 def set_limits(limits: Mapping[str, Any]) -> None:

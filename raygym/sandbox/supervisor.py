@@ -74,8 +74,10 @@ def _jailed(request: Mapping[str, Any], directory: str, pipes: Mapping[str, int]
     try:
         _shut_in(request, directory, pipes)
     except BaseException as error:
-        os.write(pipes["trouble"], f"{type(error).__name__}: {error}".encode())
-        os._exit(1)
+        try:
+            os.write(pipes["trouble"], f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(1)
     status = 1
     try:
         status = program.run(request["source"], request["name"], request["calls"], pipes["results"])
@@ -108,7 +110,7 @@ def _shut_in(request: Mapping[str, Any], directory: str, pipes: Mapping[str, int
             with suppress(OSError):
                 os.close(descriptor)
     jail.become_nobody()
-    jail.die_with_parent()
+    jail.die_with_parent(pipes["trouble"])
     os.environ.clear()
     # By lines, so that what was said before a kill is not lost; the replaced descriptors are the same streams.
     for stream in (sys.stdout, sys.stderr):
