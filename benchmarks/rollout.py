@@ -25,6 +25,7 @@ from raygym.tasks import turn_seed
 from raygym.types import Trajectory
 
 TURNS = 5
+_LEAST_AT_16 = 5
 
 
 def main() -> None:
@@ -169,7 +170,9 @@ def overhead(repetitions: int) -> dict[str, list[float]]:
             handle_s = handle_round_trip_s()
             add(samples, {"overhead_ms_p50": turn_s * 1000, "handle_round_trip_ms_p50": handle_s * 1000})
             add(samples, {"overhead_over_handle_round_trip_p50": turn_s / handle_s})
-    at_16 = efficiency("16", {"turn_latency_s": 0.1}, 16, 128, repetitions)
+    # Six of 640 turns decide about the 99th percentile, and one moment in which both cores are busy is in more: one
+    # repetition gave 5 to 36 ms within minutes.
+    at_16 = efficiency("16", {"turn_latency_s": 0.1}, 16, 128, max(repetitions, _LEAST_AT_16))
     return samples | {"overhead_ms_p99": at_16["overhead_ms_p99_16"], "efficiency_16": at_16["efficiency_16"]}
 
 
