@@ -76,7 +76,8 @@ def _draw_bars(axes: Axes, plot: Bars) -> None:
         )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(*_FAR)
+    # Left of the shortest bar its figure needs room, and right of the longest it may stand outside.
+    axes.set_xlim(_FAR[0] / 1.6, _FAR[1])
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8 or more"])
     axes.margins(y=0.01)
     axes.invert_yaxis()
