@@ -345,12 +345,13 @@ async def test_the_end_of_the_asking_process_kills(namespaces, directory):
 
 # The later one is killed before the program's process has asked to be killed with it.
 SLOW_TO_SHUT_IN = (
-    "import time; from raygym.sandbox import jail; do = jail.{0}; jail.{0} = lambda: (time.sleep(0.5), do()); "
+    "import time; from raygym.sandbox import jail; do = jail.become_nobody; "
+    "jail.become_nobody = lambda: (time.sleep(0.5), do()); "
 )
 
 
 @both
-@pytest.mark.parametrize("slow", ["", SLOW_TO_SHUT_IN.format("become_nobody")], ids=["at once", "slowly"])
+@pytest.mark.parametrize("slow", ["", SLOW_TO_SHUT_IN], ids=["at once", "slowly"])
 async def test_the_end_of_the_supervisor_is_an_error_and_kills(directory, namespaces, slow, monkeypatch):
     monkeypatch.setattr(run, "_BOOT", BOOT.replace("main()", slow + "main()"))
     running = asyncio.ensure_future(
