@@ -61,9 +61,16 @@ async def says_ten(prompt_token_ids, sampling, session_id):
     return Generation(ids, np.full(3, -0.5, np.float32), np.zeros(3, np.int32), "stop")
 
 
-async def says_ten_slowly(prompt_token_ids, sampling, session_id):
-    await asyncio.sleep(0.3)
-    return await says_ten(prompt_token_ids, sampling, session_id)
+class SaysTenWhileOpen:
+    """Holds its turns as long as there is no file `gate`, so that a test decides what still runs when it acts."""
+
+    def __init__(self, gate: str) -> None:
+        self._gate = gate
+
+    async def __call__(self, prompt_token_ids, sampling, session_id):
+        while not os.path.exists(self._gate):
+            await asyncio.sleep(0.05)
+        return await says_ten(prompt_token_ids, sampling, session_id)
 
 
 async def says_ten_for_ever(prompt_token_ids, sampling, session_id):

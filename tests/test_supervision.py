@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import ray
-from broken_envs import says_ten, says_ten_for_ever, says_ten_slowly
+from broken_envs import SaysTenWhileOpen, says_ten, says_ten_for_ever
 from test_env_runner import IMPORTS_THIS_MODULE, LIMITS, SAMPLING
 from tiers import only_long
 
@@ -28,15 +28,17 @@ from raygym.supervision import Kind, What
 from raygym.task_stream import Taken
 from raygym.types import EpisodeFailure, EpisodeStatus, FailureKind, Task, Trajectory
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 BROKEN = "broken_envs:Broken"
+# No turn and no episode is to meet its deadline here, also where a test holds them for as long as a process starts.
+PATIENT = {f: getattr(LIMITS, f) for f in LIMITS.__slots__} | {"turn_timeout_s": 300.0, "episode_timeout_s": 300.0}
 
 
 def start(envs: list[EnvConfig], generate: Any = says_ten, **options: Any) -> Any:
     return start_env_runner(
         envs,
         str(resolve_policy("tiny")),
-        EpisodeLimits(**{f: getattr(LIMITS, f) for f in LIMITS.__slots__}),
+        EpisodeLimits(**PATIENT),
         run_seed=0,
         generate=generate,
         max_concurrent=32,
@@ -47,8 +49,8 @@ def start(envs: list[EnvConfig], generate: Any = says_ten, **options: Any) -> An
 
 def broken(how: str, where: str = "step", **config: Any) -> EnvConfig:
     kwargs = {"how": how, "where": where, **config.pop("kwargs", {})}
-    # Only what hangs is to meet its deadline.
-    timeout_s = 2.0 if how == "hang" else 30.0
+    # Only what hangs is to meet its deadline: of what hangs in `step`, not the reset in a process that was just made.
+    timeout_s = 5.0 if how == "hang" else 60.0
     return EnvConfig(id=BROKEN, name=f"{how}-{where}", kwargs=kwargs, step_timeout_s=timeout_s, **config)
 
 
@@ -57,8 +59,8 @@ TROUBLE = [
     ("raise", "step", FailureKind.ENV_ERROR, "the dice are gone"),
     ("garbage", "reset", FailureKind.ENV_ERROR, "expected a tuple"),
     ("garbage", "step", FailureKind.ENV_ERROR, "expected a tuple"),
-    ("hang", "reset", FailureKind.ENV_TIMEOUT, "env.reset took longer than 2 s"),
-    ("hang", "step", FailureKind.ENV_TIMEOUT, "env.step took longer than 2 s"),
+    ("hang", "reset", FailureKind.ENV_TIMEOUT, "env.reset took longer than 5 s"),
+    ("hang", "step", FailureKind.ENV_TIMEOUT, "env.step took longer than 5 s"),
     ("memory", "step", FailureKind.ENV_ERROR, "Memory"),
 ]
 
@@ -73,7 +75,7 @@ def isolated(ray_cluster: Any) -> Any:
     ray.kill(runner)
 
 
-def play(runner: Any, env: str, episode: int = 0, timeout: float = 60) -> Trajectory:
+def play(runner: Any, env: str, episode: int = 0, timeout: float = 150) -> Trajectory:
     return ray.get(runner.run_episode.remote(Task(0, env, 3), "g", episode, 0, SAMPLING), timeout=timeout)
 
 
@@ -85,7 +87,7 @@ class TestIsolation:
         trajectory = play(isolated, f"{how}-{where}")
         assert (trajectory.failure, trajectory.reward) == (kind, 0.0)
         assert detail in trajectory.failure_detail
-        assert ray.get(beside, timeout=60).reward == 1.0
+        assert ray.get(beside, timeout=150).reward == 1.0
 
     def test_a_dead_process_is_env_lost_and_the_next_episode_gets_a_new_one(self, isolated: Any) -> None:
         for _ in range(2):
@@ -95,7 +97,7 @@ class TestIsolation:
 
     def test_more_episodes_than_processes_wait_for_their_turn(self, isolated: Any) -> None:
         calls = [isolated.run_episode.remote(Task(0, "fine-step", 3), "g", i, 0, SAMPLING) for i in range(12)]
-        assert {t.reward for t in ray.get(calls, timeout=60)} == {1.0}
+        assert {t.reward for t in ray.get(calls, timeout=150)} == {1.0}
 
     def test_trouble_in_close_takes_nothing_back(self, isolated: Any) -> None:
         assert play(isolated, "close-step").reward == 1.0
@@ -106,7 +108,7 @@ def test_memory_of_a_shared_runner_is_bounded(ray_cluster: Any) -> None:
     beside = [runner.run_episode.remote(Task(0, "fine-step", 3), "g", i, 0, SAMPLING) for i in range(4)]
     trajectory = play(runner, "memory-step")
     assert trajectory.failure is FailureKind.ENV_ERROR and "MemoryError" in trajectory.failure_detail
-    assert {t.reward for t in ray.get(beside, timeout=60)} == {1.0}
+    assert {t.reward for t in ray.get(beside, timeout=150)} == {1.0}
     assert play(runner, "fine-step").reward == 1.0
     ray.kill(runner)
 
@@ -121,29 +123,28 @@ def manager(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=only_long)])
 def test_a_runner_that_dies_or_hangs_loses_only_its_episodes(ray_cluster: Any, tmp_path: Path, how: int) -> None:
-    mark = tmp_path / "pids"
+    mark, gate = tmp_path / "pids", tmp_path / "gate"
     envs = [broken("fine", kwargs={"mark": str(mark)})]
-    runners = [start(envs, says_ten_slowly) for _ in range(2)]
-    rollouts = manager(runners, envs, Supervision(ping_every_s=0.5, ping_timeout_s=15.0))
+    runners = [start(envs, SaysTenWhileOpen(str(gate))) for _ in range(2)]
+    # A manager that watches them while they start could take a slow start for a hang.
+    ray.get([runner.ping.remote() for runner in runners], timeout=150)
+    # The time that a ping has is also what the runner has to be up again; only one that hangs is noticed by it.
+    ping_timeout_s = 60.0 if how == signal.SIGSTOP else 120.0
+    rollouts = manager(runners, envs, Supervision(ping_every_s=0.5, ping_timeout_s=ping_timeout_s))
     collecting = rollouts.collect.remote(0)
-    deadline = time.monotonic() + 60
-    while not (mark.is_file() and len(set(mark.read_text().split())) == 2):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: mark.is_file() and len(set(mark.read_text().split())) == 2, seconds=150)
     victim = int(mark.read_text().split()[0])
     os.kill(victim, how)
-    collected: Collected = ray.get(collecting, timeout=90)
+    gate.touch()  # only now: none of its episodes is over
+    collected: Collected = ray.get(collecting, timeout=250)
     assert [len(group.trajectories) for group in collected.groups] == [4] * 4
     assert {t.status for g in collected.groups for t in g.trajectories} == {EpisodeStatus.TERMINATED}
     assert set(collected.failures) == {FailureKind.ENV_LOST} and not collected.dropped
     assert collected.concurrency == 16
     # It comes back, and both work.
-    deadline = time.monotonic() + 60
-    while ray.get(rollouts.runners_up.remote(), timeout=60) != [True, True]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: ray.get(rollouts.runners_up.remote(), timeout=60) == [True, True], seconds=150)
     ray.get(rollouts.set_version.remote(1), timeout=60)
-    after: Collected = ray.get(rollouts.collect.remote(1), timeout=90)
+    after: Collected = ray.get(rollouts.collect.remote(1), timeout=150)
     assert not after.failures
     # All have answered once. What is told of one that was not lost has no consequence.
     name = next(event.name for event in collected.part_events if event.what is What.LOST)
@@ -159,10 +160,10 @@ def test_runners_that_are_gone_for_good_stop_the_run(ray_cluster: Any) -> None:
     envs = [broken("fine")]
     runner = start(envs, max_restarts=0)
     rollouts = manager([runner], envs, Supervision(first_wait_s=0.01), max_retries=100)
-    ray.get(runner.ping.remote(), timeout=60)
+    ray.get(runner.ping.remote(), timeout=150)
     ray.kill(runner)
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
-        ray.get(rollouts.collect.remote(0), timeout=90)
+        ray.get(rollouts.collect.remote(0), timeout=150)
     assert isinstance(raised.value.cause, RolloutStopped)
     assert "EnvRunners were given up" in str(raised.value.cause)
     ray.kill(rollouts)
@@ -176,13 +177,14 @@ def test_tasks_without_training_are_taken_as_they_are_whole(ray_cluster: Any) ->
     imports = {"runtime_env": IMPORTS_THIS_MODULE}
     rollouts = start_manager(config, envs, 0, 0, 0.0, [runner], Supervision(), actor_options=imports)
     tasks = [Task(i, "raise-step" if i == 3 else "fine-step", i, split="validation") for i in range(12)]
-    ray.get(rollouts.play.remote(tasks, 2, 2), timeout=60)
-    deadline = time.monotonic() + 60
+    ray.get(rollouts.play.remote(tasks, 2, 2), timeout=150)
+    deadline = time.monotonic() + 200
     taken: list[Taken] = []
     while not taken or taken[-1].running or not taken[-1].episodes:
         assert time.monotonic() < deadline
         taken.append(ray.get(rollouts.take.remote(0, 0.1), timeout=60))
-    assert 4 <= taken[-1].episodes <= 10, "no task begins while two groups wait; those that had begun are finished"
+    # Two groups, and up to four episodes that ran then, each with one before it where groups fill up side by side.
+    assert 4 <= taken[-1].episodes <= 12, "no task begins while two groups wait; those that had begun are finished"
     while not taken[-1].done:
         assert time.monotonic() < deadline
         taken.append(ray.get(rollouts.take.remote(3, 5.0), timeout=60))
@@ -203,7 +205,8 @@ class Watched:
     def __init__(self, runners: list[Any], envs: list[EnvConfig]) -> None:
         self.started: list[Any] = []
         self.runners, self.envs = runners, envs
-        self.kept = KeptManager(self.start, answer_timeout_s=20.0)
+        # Also what a manager has to start before it is taken for one that hangs.
+        self.kept = KeptManager(self.start, answer_timeout_s=60.0)
 
     def start(self, state: SchedulerState) -> Any:
         self.started.append(manager(self.runners, self.envs, Supervision(), state))
@@ -218,7 +221,7 @@ class Watched:
             collecting = pool.submit(self.collect, step)
             wait_until(lambda: self.waits_for_both() and sum(self.running()) > 0)
             hurt(self.kept.manager)
-            return collecting.result(timeout=120), validating.result(timeout=120)[0]
+            return collecting.result(timeout=250), validating.result(timeout=250)[0]
 
     def collect(self, step: int) -> Collected:
         return self.kept.collect(step, lambda text: None)
@@ -231,7 +234,7 @@ class Watched:
         return ray.get([runner.running.remote() for runner in self.runners], timeout=60)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 150) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -243,16 +246,24 @@ def pid_of(actor: Any) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=only_long)])
-def test_a_manager_that_dies_or_hangs_has_a_successor(ray_cluster: Any, how: int) -> None:
+def test_a_manager_that_dies_or_hangs_has_a_successor(ray_cluster: Any, tmp_path: Path, how: int) -> None:
     """It owed a step and a validation beside it. Both are played again, by the same runners; nothing is skipped,
     nothing comes twice, no episode is left."""
+    gate = tmp_path / "gate"
+    gate.touch()
     envs = [broken("fine")]
-    runner = start(envs, says_ten_slowly)
+    runner = start(envs, SaysTenWhileOpen(str(gate)))
     rollouts = Watched([runner], envs)
     steps = [rollouts.collect(0)]
+    gate.unlink()  # before anything of the next step may begin: none of it is over when the manager is hurt
     rollouts.kept.set_version(1)
     held_out = [Task(index, "fine-step", 1000 + index, split="validation") for index in range(6)]
-    step, validated = rollouts.collect_and_validate(1, held_out, lambda actor: os.kill(pid_of(actor), how))
+
+    def hurt(actor: Any) -> None:
+        os.kill(pid_of(actor), how)
+        gate.touch()
+
+    step, validated = rollouts.collect_and_validate(1, held_out, hurt)
     steps.append(step)
     rollouts.kept.set_version(2)
     steps.append(rollouts.collect(2))
@@ -263,12 +274,14 @@ def test_a_manager_that_dies_or_hangs_has_a_successor(ray_cluster: Any, how: int
     assert not any(step.failures for step in steps)
     assert [group.task for group in validated.groups] == held_out and not validated.dropped
     assert [group.group_id for group in validated.groups] == [f"validation-1-{task.index}" for task in held_out]
-    wait_until(lambda: rollouts.running() == [0], seconds=5)
+    wait_until(lambda: rollouts.running() == [0])
+    gate.unlink()
     with ThreadPoolExecutor(1) as pool:  # whoever waits when the run ends gets an answer, and no successor is started
         validating = pool.submit(rollouts.kept.validate, held_out, lambda text: None)
         wait_until(lambda: sum(rollouts.running()) > 0)
         rollouts.kept.close()
-        assert isinstance(validating.exception(timeout=1), RolloutStopped) and len(rollouts.started) == 2
+        assert rollouts.kept._calls == 0, "it has left"
+        assert isinstance(validating.exception(timeout=60), RolloutStopped) and len(rollouts.started) == 2
     ray.kill(runner)
 
 
@@ -281,9 +294,10 @@ def test_a_runner_ends_the_episodes_of_a_manager_that_is_gone(ray_cluster: Any) 
     old.append(runner.run_episode.remote(Task(0, "fine-step", 3), "g", 0, 3, SAMPLING))
     for reference in old:
         with pytest.raises(ray.exceptions.RayTaskError) as raised:
-            ray.get(reference, timeout=20)
+            ray.get(reference, timeout=60)
         assert isinstance(raised.value.cause, EpisodeFailure) and raised.value.cause.kind is FailureKind.CANCELLED
-    assert ray.get(runner.running.remote(), timeout=20) == 1
+    # Calls of an asynchronous actor need not begin in their order: perhaps the new one does only now.
+    wait_until(lambda: ray.get(runner.running.remote(), timeout=60) == 1)
     assert not ray.wait([new], timeout=0.1)[0]
     ray.kill(runner)
 
