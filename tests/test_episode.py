@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
@@ -115,9 +116,9 @@ async def episode(
         "max_turns": 4,
         "max_tokens_per_turn": 8,
         "max_model_len": 2048,
-        "turn_timeout_s": 5.0,
-        "step_timeout_s": 5.0,
-        "episode_timeout_s": 20.0,
+        "turn_timeout_s": 60.0,
+        "step_timeout_s": 60.0,
+        "episode_timeout_s": 100.0,
     }
     return await run_episode(
         EnvHost((lambda: env) if isinstance(env, gymnasium.Env) else env),
@@ -320,38 +321,44 @@ class TestEnvTrouble:
 
         env = Hangs()
         started = time.monotonic()
-        trajectory = await episode(renderer, env, step_timeout_s=1)
+        # Also the deadline of the reset, for which a thread has to start.
+        trajectory = await episode(renderer, env, step_timeout_s=2)
         assert time.monotonic() - started < 30
         assert trajectory.failure is FailureKind.ENV_TIMEOUT and "env.step" in trajectory.failure_detail
         assert env.closed == 1 and released.is_set()
 
     async def test_coroutine_that_ignores_its_cancellation_times_out(self, renderer):
+        let_go, over = asyncio.Event(), asyncio.Event()
+
         class Stubborn(Talk):
             async def step(self, action):
-                for _ in range(9):
-                    try:
-                        await asyncio.sleep(0.1)
-                    except asyncio.CancelledError:
-                        continue
+                while not let_go.is_set():
+                    with suppress(asyncio.CancelledError):
+                        await let_go.wait()
+                over.set()
 
-        started = time.monotonic()
-        trajectory = await episode(renderer, Stubborn(), step_timeout_s=0.1)
-        assert trajectory.failure is FailureKind.ENV_TIMEOUT and time.monotonic() - started < 1
+        # An episode that waited for it would end only then.
+        timer = asyncio.get_running_loop().call_later(50, let_go.set)
+        trajectory = await episode(renderer, Stubborn(), step_timeout_s=1)
+        assert not over.is_set()
+        assert trajectory.failure is FailureKind.ENV_TIMEOUT and "env.step" in trajectory.failure_detail
+        timer.cancel()
+        let_go.set()
+        await asyncio.wait_for(over.wait(), 30)
 
     async def test_constructor_that_hangs_is_closed_when_it_returns(self, renderer):
         released, env = threading.Event(), Talk()
 
         def make():
-            released.wait(10)
+            released.wait(60)
             return env
 
         trajectory = await episode(renderer, make, step_timeout_s=0.1)
         assert trajectory.failure is FailureKind.ENV_TIMEOUT
         released.set()
-        for _ in range(100):
-            if env.closed:
-                break
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            while not env.closed:
+                await asyncio.sleep(0.01)
         assert env.closed == 1
 
     async def test_trouble_while_closing_is_logged_only(self, renderer, caplog):
@@ -367,7 +374,7 @@ class TestEnvTrouble:
     async def test_close_that_hangs_is_left_alone(self, renderer, caplog, monkeypatch):
         monkeypatch.setattr("raygym.env_host._CLOSE_TIMEOUT_S", 0.1)
         env, released = Talk(), threading.Event()
-        env.close = lambda: released.wait(10)
+        env.close = lambda: released.wait(60)
         assert (await episode(renderer, env)).status is EpisodeStatus.TERMINATED
         assert "still runs" in caplog.text
         released.set()
@@ -414,12 +421,13 @@ class TestEngineTrouble:
         assert trajectory.failure is FailureKind.ENGINE_ERROR and "cuda" in trajectory.failure_detail
         assert len(trajectory.turns) == 1 and trajectory.reward == 0.0
 
-    @pytest.mark.parametrize("limit", ["turn_timeout_s", "episode_timeout_s"])
-    async def test_silent(self, renderer, limit):
+    # The episode's deadline is also the reset's, for which a thread has to start.
+    @pytest.mark.parametrize(("limit", "seconds"), [("turn_timeout_s", 0.1), ("episode_timeout_s", 2.0)])
+    async def test_silent(self, renderer, limit, seconds):
         async def generate(prompt_token_ids, sampling, session_id):
-            await asyncio.sleep(30)
+            await asyncio.sleep(50)
 
-        trajectory = await episode(renderer, Talk(), generate, **{limit: 0.1})
+        trajectory = await episode(renderer, Talk(), generate, **{limit: seconds})
         assert trajectory.failure is FailureKind.ENGINE_TIMEOUT
 
     @pytest.mark.parametrize("bad", [float("nan"), float("-inf"), -9999.0])
@@ -462,12 +470,12 @@ async def test_cancelling_closes_the_environment_and_propagates(renderer):
 
 
 async def test_blocking_environments_do_not_block_each_other(renderer):
-    class Slow(Talk):
+    together = threading.Barrier(32, timeout=50)
+
+    class Blocks(Talk):
         def step(self, action):
-            time.sleep(0.1)
+            together.wait()  # none goes on before all of them are in a step
             return super().step(action)
 
-    started = time.monotonic()
-    trajectories = await asyncio.gather(*(episode(renderer, Slow) for _ in range(32)))
+    trajectories = await asyncio.gather(*(episode(renderer, Blocks) for _ in range(32)))
     assert {t.status for t in trajectories} == {EpisodeStatus.TERMINATED}
-    assert time.monotonic() - started < 3.2, "32 episodes of 0.2 s took as long as one after the other"

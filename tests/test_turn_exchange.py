@@ -98,7 +98,7 @@ class Engine:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0)
 
@@ -114,7 +114,7 @@ class Pair:
     async def client(self, **changes: Any) -> TurnClient:
         address = await self.server.address("r1", "127.0.0.1")
         client = TurnClient(replace(address, **changes), self.lost.append)
-        await client.connect(5)
+        await client.connect(30)
         return client
 
     def asked(self, client: TurnClient, number: int) -> asyncio.Task[Generation]:
@@ -171,7 +171,7 @@ async def test_it_is_told_when_fewer_turns_wait() -> None:
         client = TurnClient(
             await p.server.address("r1", "127.0.0.1"), p.lost.append, lambda name: told.append((name, client.waiting))
         )
-        await client.connect(5)
+        await client.connect(30)
         asked = [p.asked(client, number) for number in range(3)]
         await until(lambda: len(engine.open) == 3)
         assert told == []
@@ -224,14 +224,23 @@ async def test_a_replica_that_died_is_engine_lost() -> None:
 
 async def test_a_replica_that_hangs_is_engine_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raygym.turn_client._ASK_EVERY_S", 0.02)
-    monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 0.2)
     engine = Engine()
     async with pair(engine) as p:
         client = await p.client()
+        received, signs = client.received, list[bytes]()
+
+        def noted(frame: bytes) -> None:
+            signs.append(frame)
+            received(frame)
+
+        monkeypatch.setattr(client, "received", noted)
         asked = p.asked(client, 0)
-        await asyncio.sleep(0.5)  # slow, but alive: it answers when it is asked
-        assert not asked.done()
+        # Slow, but alive: it answers when it is asked, and it is asked again only where it has answered.
+        await until(lambda: len(signs) >= 5)
+        assert not asked.done() and set(signs) == {b""}
         monkeypatch.setattr("raygym.turn_server._Sender.received", lambda self, frame: None)
+        # Only now, or a pause of this machine would be a silence.
+        monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 0.2)
         with pytest.raises(EpisodeFailure, match="no sign of life") as raised:
             await asked
         assert raised.value.kind is FailureKind.ENGINE_TIMEOUT and p.lost
@@ -239,21 +248,22 @@ async def test_a_replica_that_hangs_is_engine_timeout(monkeypatch: pytest.Monkey
 
 async def test_a_replica_that_hangs_is_noticed_though_its_turns_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a turn's deadline that is shorter than what a busy replica is granted."""
-    monkeypatch.setattr("raygym.turn_client._ASK_EVERY_S", 0.02)
-    monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 0.2)
     async with pair(Engine()) as p:
         client = await p.client()
+        assert not client.suspect
+        monkeypatch.setattr("raygym.turn_client._ASK_EVERY_S", 0.02)
+        monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 0.2)
         first = p.asked(client, 0)
         await until(lambda: p.server.running == 1)
         monkeypatch.setattr("raygym.turn_server._Sender.received", lambda self, frame: None)
-        assert not client.suspect
         number = 2
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not p.lost:
                 first.cancel()
                 number, first = number + 2, p.asked(client, number)
                 await asyncio.sleep(0.05)
                 assert client.suspect or number < 8
+        await asyncio.wait([first], timeout=30)  # it has failed, but perhaps not had its turn of the event loop yet
         assert first.done() and client.waiting == 0
 
 

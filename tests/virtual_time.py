@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import wraps
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,3 +31,13 @@ class VirtualTime(asyncio.SelectorEventLoop):
 def virtually(coroutine: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=VirtualTime) as runner:
         return runner.run(coroutine)
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test whose deadlines pass when nothing else is left to do, and not because the machine stood still."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        virtually(test(*args, **kwargs))
+
+    return run
