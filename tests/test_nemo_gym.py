@@ -42,7 +42,7 @@ from raygym.nemo_gym.verdict import read_verdict
 from raygym.preflight import check_inputs
 from raygym.types import EpisodeFailure, FailureKind, Message, Sampling, Task, Trajectory
 
-LIMITS = EpisodeLimits(8, 16, 1000, 5.0, 5.0, 5.0)
+LIMITS = EpisodeLimits(8, 16, 1000, 60.0, 60.0, 60.0)
 TASK = Task(0, "counter", 7)
 
 
@@ -473,9 +473,9 @@ async def test_the_last_step_is_graded_and_truncated(tmp_path: Path) -> None:
 async def test_a_verdict_that_fails_is_a_failure(tmp_path: Path, verdict: Callable[[Any], Any], kind: str) -> None:
     async with playing(FakeGym(verdict=verdict), tmp_path) as play:
         host = EnvHost(lambda: ResourcesEnv(play))
-        await host.reset(TASK, 5)
+        await host.reset(TASK, 60)
         with pytest.raises(EpisodeFailure) as caught:
-            await host.step(say("3"), 5)
+            await host.step(say("3"), 60)
         await host.close()
     assert caught.value.kind == kind
 

@@ -68,13 +68,13 @@ class Server:
     """For another process in the same cluster."""
 
     def openai(self, base: str = "/v1") -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + base, api_key=self.key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url + base, api_key=self.key, max_retries=0, timeout=180)
 
     def async_openai(self, base: str = "/v1") -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=self.url + base, api_key=self.key, max_retries=0, timeout=120)
+        return openai.AsyncOpenAI(base_url=self.url + base, api_key=self.key, max_retries=0, timeout=180)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=60, **options)
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=180, **options)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def server(model_dir: Path) -> Iterator[Server]:
         white = [i for i in range(len(vocabulary)) if vocabulary.decode([i]) and not vocabulary.decode([i]).strip()]
         yield Server(found[0], str(model_dir), "let me in", white, environment)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=90)
+        _, error = process.communicate(timeout=180)
         assert process.returncode == 130, error
         assert "Traceback" not in error
 
@@ -386,7 +386,7 @@ class TestExactness:
 
     async def test_with_sessions(self, server: Server, trainer: Any) -> None:
         async with httpx.AsyncClient(
-            base_url=server.url, headers={"authorization": f"Bearer {server.key}"}, timeout=60
+            base_url=server.url, headers={"authorization": f"Bearer {server.key}"}, timeout=300
         ) as http:
 
             async def play(seed: int) -> dict[str, Any]:
@@ -522,7 +522,7 @@ class TestFuzz:
     async def send(self, server: Server, requests: list[tuple[str, Any]]) -> list[str]:
         limit, bad = asyncio.Semaphore(24), []
         async with httpx.AsyncClient(
-            base_url=server.url, headers={"authorization": f"Bearer {server.key}"}, timeout=60
+            base_url=server.url, headers={"authorization": f"Bearer {server.key}"}, timeout=300
         ) as http:
 
             async def one(path: str, body: Any) -> None:
