@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from started_run import RAY, StartedRun, started_run, step_was_made
 from test_train_command import ROOT, environment
@@ -27,12 +29,13 @@ def footprint(run: StartedRun) -> dict[str, tuple[int, int, float]]:
     """By process: open files, threads, KiB of memory."""
     found: dict[str, tuple[int, int, float]] = {}
     for process in run.members():
-        name = " ".join(process.cmdline())
-        for kind in KINDS:
-            if kind in name:
-                found[f"{kind} {process.pid}"] = (
-                    process.num_fds(), process.num_threads(), process.memory_info().rss / 1024,
-                )  # fmt: skip
+        with suppress(psutil.NoSuchProcess):  # a short-lived one has ended since; one of these kinds would be missed
+            name = " ".join(process.cmdline())
+            for kind in KINDS:
+                if kind in name:
+                    found[f"{kind} {process.pid}"] = (
+                        process.num_fds(), process.num_threads(), process.memory_info().rss / 1024,
+                    )  # fmt: skip
     return found
 
 
