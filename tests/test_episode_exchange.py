@@ -61,7 +61,7 @@ def asked(client: EpisodeClient, episode: int) -> asyncio.Task[Any]:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -218,7 +218,7 @@ def test_in_any_order_every_episode_has_one_outcome(events: str, rng: Any) -> No
                 runner.down = None
             for _ in range(rng.randrange(4)):
                 await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not all(episode.done() for episode in episodes):
                 for future in list(runner.playing.values()):
                     if not future.done():
@@ -259,30 +259,34 @@ async def test_a_record_that_cannot_be_read_fails_alone() -> None:
     runner = Odd()
     client = runner.client()
     episodes = [asked(client, episode) for episode in range(3)]
-    await asyncio.sleep(0.01)
+    await until(lambda: len(runner.playing) == 3)
     for future in runner.playing.values():
         future.set_result(1.0)
-    first, *others = await asyncio.wait_for(asyncio.gather(*episodes), 5)
+    first, *others = await asyncio.wait_for(asyncio.gather(*episodes), 60)
     assert isinstance(first, EpisodeFailure) and first.kind is FailureKind.ENV_ERROR and "cannot be read" in str(first)
     assert [outcome.reward for outcome in others] == [1.0, 1.0]
 
 
 async def test_who_is_cancelled_twice_closes_in_peace() -> None:
-    closed = asyncio.Event()
+    begun, closing, may_close, closed = (asyncio.Event() for _ in range(4))
 
     async def run(request: EpisodeRequest) -> Trajectory:
+        begun.set()
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.05)
+            closing.set()
+            await may_close.wait()
             closed.set()
         raise AssertionError
 
     server = EpisodeServer(run)
     request = EpisodeRequest(1, Task(0, "a", 3), "g", 0, 0, Sampling(), 8)
     await server.exchange(Client(0), [request], [], 0.0)
-    await asyncio.sleep(0.01)
+    await asyncio.wait_for(begun.wait(), 60)
     await server.exchange(server._client, [], [1], 0.0)
-    await asyncio.sleep(0.01)
+    await asyncio.wait_for(closing.wait(), 60)
     await server.exchange(Client(1), [], [], 0.0)
-    await asyncio.wait_for(closed.wait(), 1)
+    await asyncio.sleep(0.01)  # a second cancel would have arrived
+    may_close.set()
+    await asyncio.wait_for(closed.wait(), 20)

@@ -51,7 +51,7 @@ except KeyboardInterrupt:
 """
 
 
-def environment(folder: Path, timeout_s: float = 20, **servers: dict[str, Any]) -> Environment:
+def environment(folder: Path, timeout_s: float = 60, **servers: dict[str, Any]) -> Environment:
     """An environment with these servers; the settings of each are given."""
     code = folder / "resources_servers" / "fake"
     code.mkdir(parents=True)
@@ -82,7 +82,7 @@ class Running:
         self.set.start()
 
     def ask(self, name: str) -> Any:
-        with urllib.request.urlopen(f"{read_endpoints(self.published)[name].url}/openapi.json", timeout=5) as answer:
+        with urllib.request.urlopen(f"{read_endpoints(self.published)[name].url}/openapi.json", timeout=30) as answer:
             return json.load(answer)
 
     def everybody(self) -> list[int]:
@@ -95,7 +95,7 @@ class Running:
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def starting(timeout_s: float = 20, **servers: dict[str, Any]) -> Running:
+    def starting(timeout_s: float = 60, **servers: dict[str, Any]) -> Running:
         started.append(Running(tmp_path, environment(tmp_path, timeout_s, **servers)))
         return started[-1]
 
@@ -104,7 +104,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         running.set.stop()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -281,7 +281,7 @@ def test_a_tracker_that_hangs_keeps_nobody_waiting() -> None:
     began = time.monotonic()
     tracker.log(1, {})
     tracker.close(Outcome.FINISHED, 0.1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "it waited for what hangs for 30 s"
     assert told == ["X has not taken all rows within 0.1 s; metrics.jsonl has them"]
     released.set()
 

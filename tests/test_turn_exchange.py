@@ -98,7 +98,7 @@ class Engine:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0)
 
@@ -114,7 +114,7 @@ class Pair:
     async def client(self, **changes: Any) -> TurnClient:
         address = await self.server.address("r1", "127.0.0.1")
         client = TurnClient(replace(address, **changes), self.lost.append)
-        await client.connect(5)
+        await client.connect(60)
         return client
 
     def asked(self, client: TurnClient, number: int) -> asyncio.Task[Generation]:
@@ -171,7 +171,7 @@ async def test_it_is_told_when_fewer_turns_wait() -> None:
         client = TurnClient(
             await p.server.address("r1", "127.0.0.1"), p.lost.append, lambda name: told.append((name, client.waiting))
         )
-        await client.connect(5)
+        await client.connect(60)
         asked = [p.asked(client, number) for number in range(3)]
         await until(lambda: len(engine.open) == 3)
         assert told == []
@@ -224,12 +224,13 @@ async def test_a_replica_that_died_is_engine_lost() -> None:
 
 async def test_a_replica_that_hangs_is_engine_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raygym.turn_client._ASK_EVERY_S", 0.02)
-    monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 0.2)
+    # A busy machine may hold both ends up for a while, which must not look like silence.
+    monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 1.0)
     engine = Engine()
     async with pair(engine) as p:
         client = await p.client()
         asked = p.asked(client, 0)
-        await asyncio.sleep(0.5)  # slow, but alive: it answers when it is asked
+        await asyncio.sleep(1.5)  # slow, but alive: it answers when it is asked
         assert not asked.done()
         monkeypatch.setattr("raygym.turn_server._Sender.received", lambda self, frame: None)
         with pytest.raises(EpisodeFailure, match="no sign of life") as raised:
@@ -244,17 +245,17 @@ async def test_a_replica_that_hangs_is_noticed_though_its_turns_are_given_up(mon
     async with pair(Engine()) as p:
         client = await p.client()
         first = p.asked(client, 0)
-        await until(lambda: p.server.running == 1)
+        await until(lambda: p.server.running == 1 and not client.suspect)
         monkeypatch.setattr("raygym.turn_server._Sender.received", lambda self, frame: None)
-        assert not client.suspect
         number = 2
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not p.lost:
                 first.cancel()
                 number, first = number + 2, p.asked(client, number)
                 await asyncio.sleep(0.05)
                 assert client.suspect or number < 8
-        assert first.done() and client.waiting == 0
+        await until(first.done)  # it may have been told in this turn of the loop
+        assert client.waiting == 0
 
 
 async def test_only_who_knows_the_secret_is_served() -> None:
