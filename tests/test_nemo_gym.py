@@ -42,7 +42,7 @@ from raygym.nemo_gym.verdict import read_verdict
 from raygym.preflight import check_inputs
 from raygym.types import EpisodeFailure, FailureKind, Message, Sampling, Task, Trajectory
 
-LIMITS = EpisodeLimits(8, 16, 1000, 5.0, 5.0, 5.0)
+LIMITS = EpisodeLimits(8, 16, 1000, 60.0, 60.0, 60.0)
 TASK = Task(0, "counter", 7)
 
 

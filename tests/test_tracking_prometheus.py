@@ -155,6 +155,7 @@ def test_every_expression_is_promql_and_asks_for_what_is_exported(dashboard: dic
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_ray_exports_them_under_these_names(ray_cluster: None) -> None:
     ray = importlib.import_module("ray")
     metrics = importlib.import_module("raygym.actors.ray_metrics").RayMetrics("a run")
