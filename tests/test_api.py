@@ -382,15 +382,16 @@ class TestAWeightUpdate:
         assert (await waiting)["choices"][0]["message"]["content"] == "twelve"
 
     async def test_an_answer_that_has_begun_is_waited_for_and_never_begun_again(self, server: Server) -> None:
-        goes_on = asyncio.Event()
+        begun, goes_on = asyncio.Event(), asyncio.Event()
 
         async def slow(*arguments: Any) -> Generation:
+            begun.set()
             await goes_on.wait()
             return await server.script(*arguments)
 
         server.api._generate = slow
         asked = asyncio.ensure_future(server.chat([ASK]))
-        await asyncio.sleep(0.01)
+        await begun.wait()
         async with server.in_flight.updating("restart_turn", 5) as update:
             assert update.late == update.restarted == 0, "it is left to the engine"
         async with server.in_flight.updating("finish_turn", 0.01) as update:

@@ -50,7 +50,7 @@ class GoodAsync(Good):
         return super().reset(seed=seed)
 
     async def step(self, action):
-        await asyncio.sleep(0.3 if self.first else 0)
+        await asyncio.sleep(1.2 if self.first else 0)
         type(self).first = False
         return super().step(action)
 
@@ -87,7 +87,7 @@ class GoodBlocking(Good):
     first = True
 
     def reset(self, *, seed=None, options=None):
-        time.sleep(0.3 if self.first else 0)
+        time.sleep(1.2 if self.first else 0)
         type(self).first = False
         return super().reset(seed=seed)
 
@@ -180,13 +180,13 @@ class BlocksTheLoop(Good):
         return super().reset(seed=seed)
 
     async def step(self, action):
-        time.sleep(0.3 if self.blocking else 0)
+        time.sleep(1.2 if self.blocking else 0)
         return "x", 0.0, True, False, {}
 
 
 class Hangs(Good):
     def step(self, action):
-        time.sleep(0.2)
+        time.sleep(0.8)
         return super().step(action)
 
 
@@ -221,6 +221,12 @@ class OnlyTraining(Good):
         return super().reset(seed=seed)
 
 
+@pytest.fixture(autouse=True)
+def a_busy_machine_blocks_no_loop(monkeypatch):
+    """Another process may hold this one up for longer than a run would bear of an environment."""
+    monkeypatch.setattr("raygym.check_env._BLOCKED_S", 1.0)
+
+
 @pytest.mark.parametrize("kind", [Good, GoodAsync, GoodTools, GoodInOneThread, GoodBlocking])
 def test_good(kind):
     assert check_env(f"{__name__}:{kind.__name__}") == []
@@ -245,8 +251,8 @@ def test_good(kind):
         (NoAction, "step() cannot be called as step(action)"),
         (Endless, "did not end within 12 turns"),
         (NamesSomeRewards, "whose sum is 0.5, with a reward of 1; expected the reward as their sum"),
-        (BlocksTheLoop, "step 1 in split train blocked the event loop for 0."),
-        (Hangs, "env.step took longer than 0.1 s"),
+        (BlocksTheLoop, "step 1 in split train blocked the event loop for "),
+        (Hangs, "env.step took longer than 0.4 s"),
         (CloseRaises, "close raised OSError: already closed"),
         (CloseRaisesAsync, "close raised OSError: already closed"),
         (WrongObservation, "the observation is ndarray"),
@@ -258,7 +264,7 @@ def test_good(kind):
 @pytest.mark.parametrize("by", [pytest.param("id", marks=only_long), "instance"])
 def test_faults_are_told(kind, complaint, by):
     env = f"{__name__}:{kind.__name__}" if by == "id" else kind()
-    problems = check_env(env, max_turns=12, timeout_s=0.1 if kind is Hangs else 5)
+    problems = check_env(env, max_turns=12, timeout_s=0.4 if kind is Hangs else 30)
     assert any(complaint in problem for problem in problems), problems
     assert len(problems) == len(set(problems)) <= 4
 

@@ -14,7 +14,7 @@ import pytest
 
 from raygym.actors import cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 def mode(path: Path) -> int:

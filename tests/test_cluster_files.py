@@ -9,12 +9,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 
@@ -121,7 +123,7 @@ def test_what_is_run_by_rays_launcher_joins_its_cluster(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.gpu"])
 def test_hadolint_finds_nothing(name: str) -> None:
-    done = subprocess.run([BIN / "hadolint", FOLDER / name], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([BIN / "hadolint", FOLDER / name], capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -148,7 +150,7 @@ def test_what_is_built_is_not_sent_to_the_image() -> None:
 def test_shellcheck_finds_nothing() -> None:
     script = FOLDER / "slurm.sbatch"
     for command in (["bash", "-n", script], [BIN / "shellcheck", script]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -197,7 +199,7 @@ def submitted(slurm: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
 def test_slurm_starts_ray_on_each_node_and_the_run_on_the_first(slurm: dict[str, str], code: int) -> None:
     slurm["RAYGYM_DOES"] = f"exit {code}"
     job = submitted(slurm, "run.yaml", "learner.lr=1e-6")
-    assert job.wait(60) == code, job.stderr and job.stderr.read()
+    assert job.wait(100) == code, job.stderr and job.stderr.read()
     log = Path(slurm["LOG"]).read_text(encoding="utf-8")
     address = f"127.0.0.1:{20000 + os.getpid() % 10000}"
     assert "ray start --head --node-ip-address=127.0.0.1 --port=" in log
@@ -216,14 +218,16 @@ def test_slurms_signal_reaches_the_run_and_the_job_is_queued_again(
 ) -> None:
     slurm["RAYGYM_DOES"] = f"trap '{ends}' TERM; echo ready >> \"$LOG\"; while true; do sleep 0.1; done"
     job, log = submitted(slurm, "run.yaml"), Path(slurm["LOG"])
-    while not (log.exists() and "ready" in log.read_text()):
+    # It sleeps once it waits for the run, with its trap set; until then the signal would end the script itself.
+    while not (log.exists() and "ready" in log.read_text() and psutil.Process(job.pid).status() == "sleeping"):
         assert job.poll() is None
+        time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == int(ends.split()[1])
+    assert job.wait(100) == int(ends.split()[1])
     assert ("scontrol requeue" in log.read_text()) == again
 
 
 def test_slurm_without_a_config_says_how_it_is_used(slurm: dict[str, str]) -> None:
     job = submitted(slurm)
-    assert job.wait(60) == 2 and job.stderr is not None
+    assert job.wait(100) == 2 and job.stderr is not None
     assert job.stderr.read().startswith("usage: sbatch ")

@@ -18,9 +18,9 @@ from raygym import cluster_guard
 from raygym.cluster_guard import KEEP_LOGS, KEPT, REMOVE, clear, forget_old, sessions_of, writers
 
 # Writes a log as Ray's processes do, and does not end by itself.
-WRITER = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'a'); f = open(sys.argv[1], 'a'); print(flush=True); time.sleep(60)"  # noqa: E501
-DRIVER = "import sys, time; print(flush=True); f = open(input(), 'a'); print(flush=True); time.sleep(60)"
-READER = "import sys, time; f = open(sys.argv[1]); print(flush=True); time.sleep(60)"
+WRITER = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'a'); f = open(sys.argv[1], 'a'); print(flush=True); time.sleep(600)"  # noqa: E501
+DRIVER = "import sys, time; print(flush=True); f = open(input(), 'a'); print(flush=True); time.sleep(600)"
+READER = "import sys, time; f = open(sys.argv[1]); print(flush=True); time.sleep(600)"
 
 
 def session(root: Path, pid: int, time_of_day: str = "10-00-00_000000") -> Path:
@@ -130,8 +130,8 @@ def test_at_every_end_of_the_driver(
         assert guard.stdin is not None
         guard.stdin.write(order)
         guard.stdin.close()
-        assert writer.wait(timeout=30) == -signal.SIGKILL
-        assert guard.wait(timeout=30) == 0
+        assert writer.wait(timeout=60) == -signal.SIGKILL
+        assert guard.wait(timeout=60) == 0
     assert reader.poll() is None
     assert driver.poll() is None, "it may go on, with its own log open"
     assert (old / "sockets").is_dir(), "another process had this id before"

@@ -647,12 +647,21 @@ async def test_a_run_that_fails_is_no_reward(tmp_path: Path, answer: Any, kind: 
     assert trajectory.failure_detail
 
 
-async def test_an_agent_that_goes_away_or_hangs(tmp_path: Path) -> None:
+async def test_an_agent_that_goes_away_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = asyncio.Event()
+
+    async def finding(path: Path, server: str) -> Endpoint:
+        endpoint = await find_endpoint(path, server)
+        found.set()
+        return endpoint
+
+    monkeypatch.setattr("raygym.nemo_gym.agent.find_endpoint", finding)
     async with playing(FakeGym(), tmp_path, mode="agent") as play:
         pass
     write_endpoints(Path(play.endpoints), {"counter_agent": Endpoint("http://127.0.0.1:9", False, False)}, "")
     lost = run(play)
     waiting = asyncio.create_task(lost)
+    await asyncio.wait_for(found.wait(), 60)
     await asyncio.sleep(0.1)
     write_endpoints(Path(play.endpoints), {})
     assert (await waiting).failure is FailureKind.ENV_LOST

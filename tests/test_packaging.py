@@ -37,6 +37,7 @@ def wheel_names(built):
 
 @pytest.mark.ray  # the wheel, installed, imports raygym.actors
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 class TestWheel:
     def test_has_every_module_as_a_real_file(self, built, wheel_names):
         sources = {f"raygym/actors/{path.name}" for path in (ROOT / "actors").glob("*.py")}

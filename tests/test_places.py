@@ -25,7 +25,7 @@ async def test_a_place_given_at_the_moment_of_giving_up_is_not_lost() -> None:
     places.leave()
     waiting.cancel()
     await settle()
-    await asyncio.wait_for(places.take(), 1)
+    await asyncio.wait_for(places.take(), 30)
 
 
 async def test_a_lower_limit_holds_for_who_comes_next_and_a_higher_one_lets_in_who_waits() -> None:

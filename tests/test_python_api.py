@@ -204,9 +204,10 @@ def test_a_rollout_that_nobody_keeps_is_there_while_it_is_read(tmp_path: Path) -
 _STOPPED_BY_ITS_OWNER = """
 import raygym.cli, sys, time, pathlib, runpy
 def main():
-    pathlib.Path(sys.argv[1]).write_text("up")
-    try:
-        time.sleep(60)
+    try:  # the interrupt comes as soon as the mark is there
+        pathlib.Path(sys.argv[1]).write_text("up")
+        for _ in range(600):  # a signal just before a sleep does not end it
+            time.sleep(0.1)
     except KeyboardInterrupt:
         pathlib.Path(sys.argv[1]).write_text("stopped")
         return 130
@@ -252,17 +253,21 @@ def test_a_run_does_not_outlive_a_caller_that_was_killed(tmp_path: Path, ignored
 
 
 _NOT_TO_BE_INTERRUPTED = """
-import time
+import os, queue, signal, time, types
 from raygym import owned_command
-owned_command.end_with_owner(again_s=0.3, times=3)
-said = False
-while True:
-    try:  # the first interrupt comes as soon as it has said that it is up
-        said = said or print("up", flush=True) or True
-        time.sleep(20)
-        break
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
+taken = queue.SimpleQueue()
+def interrupted(*_):
+    os.write(1, b"interrupted\\n")
+    taken.put(None)
+def sleep(seconds):  # until the interrupt was taken, however long that takes: two at once would be one
+    taken.get()
+    os.write(1, f"waited {seconds} s\\n".encode())
+owned_command.time = types.SimpleNamespace(sleep=sleep)
+owned_command.end_with_owner(again_s=7, times=3)
+signal.signal(signal.SIGINT, interrupted)
+print("up", flush=True)
+for _ in range(6000):  # a signal just before a sleep does not end it
+    time.sleep(0.01)
 """
 
 
@@ -272,7 +277,8 @@ def test_a_run_that_takes_no_interrupt_ends_all_the_same() -> None:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.stdin.close()
-        assert process.stdout.read().count("interrupted") >= 2
+        said = process.stdout.read()
+        assert (said.count("interrupted"), said.count("waited 7 s")) == (3, 3)
     assert process.returncode == 130
 
 
@@ -280,7 +286,7 @@ def test_a_command_that_does_not_stop_is_not_waited_for_without_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     mark = tmp_path / "mark"
-    write = "import pathlib, sys, time; mark = pathlib.Path(sys.argv[1]); mark.write_text('up'); time.sleep(10)"
+    write = "import pathlib, sys, time; mark = pathlib.Path(sys.argv[1]); mark.write_text('up'); time.sleep(60)"
     program(monkeypatch, f"{write}; mark.write_text('end')")
     monkeypatch.setattr(command_process, "_STOP_S", 0.2)
 

@@ -95,12 +95,17 @@ def approximately(numbers: Numbers) -> Mapping[tuple[str, int], Any]:
 
 
 @pytest.mark.slow  # MLflow makes its database by a hundred migrations
-def test_all_hold_the_numbers_of_metrics_jsonl_also_after_a_kill_and_a_resume(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_all_hold_the_numbers_of_metrics_jsonl_also_after_a_kill_and_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine they take longer than a run waits for them.
+    monkeypatch.setattr("raygym.tracking.wandb_tracker._FINISH_TIMEOUT_S", 200.0)
     config = config_of(tmp_path, wandb={"mode": "offline", "tags": ["x"]}, mlflow={})
     told: list[str] = []
 
     files = RunFiles(config)
-    tracking = Tracking(config, told.append)
+    tracking = Tracking(config, told.append, close_timeout_s=250)
     files.follow(tracking.log)
     for step in range(3):
         files.metrics(step, row(step))
@@ -115,7 +120,7 @@ def test_all_hold_the_numbers_of_metrics_jsonl_also_after_a_kill_and_a_resume(tm
     checkpoint = Checkpoint(checkpoint_store(config).path_of(3), 3, {})
     resumed = ResumePoint(checkpoint, RolloutState(), row(3), validated=False)
     files = RunFiles(config, resumed)
-    tracking = Tracking(config, told.append)
+    tracking = Tracking(config, told.append, close_timeout_s=250)
     tracking.catch_up(files.rows)
     files.follow(tracking.log)
     files.metrics(4, row(4))
@@ -281,7 +286,7 @@ def test_a_tracker_that_hangs_keeps_nobody_waiting() -> None:
     began = time.monotonic()
     tracker.log(1, {})
     tracker.close(Outcome.FINISHED, 0.1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "it waited for what hangs for 30 s"
     assert told == ["X has not taken all rows within 0.1 s; metrics.jsonl has them"]
     released.set()
 

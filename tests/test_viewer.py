@@ -681,7 +681,7 @@ class TestFolder:
         monkeypatch.setattr("raygym.viewer.run_folder._LOOK_EVERY_S", 0.01)
         monkeypatch.setattr(folder.trajectories, "refresh", look)
         folder.start()
-        assert read.wait(10)
+        assert read.wait(60)
         folder.stop()
         assert folder.status()["problem"] == ""
         looks.clear()
@@ -799,9 +799,9 @@ class TestCommand:
             listening_socket(80)
 
     def test_serves_while_a_browser_of_the_terminal_is_open(self, simulated, monkeypatch):
-        serves, waited = threading.Event(), []
-        monkeypatch.setattr("webbrowser.open", lambda _: waited.append(serves.wait(5)))
-        monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: (serves.set(), time.sleep(0.1)))
+        serves, left, waited = threading.Event(), threading.Event(), []
+        monkeypatch.setattr("webbrowser.open", lambda _: (waited.append(serves.wait(20)), left.set()))
+        monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: (serves.set(), left.wait(20)))
         before = signal.getsignal(signal.SIGTERM)
         try:
             view(simulated.path, 0, opens=True)
@@ -821,14 +821,14 @@ class TestCommand:
                 line = process.stdout.readline()
                 address = line.split(" at ")[1].split()[0]
                 assert address.startswith("http://127.0.0.1:")
-                with urllib.request.urlopen(f"{address}api/status", timeout=10) as answer:
+                with urllib.request.urlopen(f"{address}api/status", timeout=60) as answer:
                     assert json.load(answer)["state"] in ("running", "quiet")
                 port = address.rstrip("/").rpartition(":")[2]
                 taken = subprocess.run([*command[:-1], port], capture_output=True, text=True, check=False)
                 assert taken.returncode == BAD_USAGE
                 assert f"--port: {port} cannot be used" in taken.stderr
-                assert httpx.get(address).status_code == 200
+                assert httpx.get(address, timeout=60).status_code == 200
             finally:
                 process.terminate()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
             assert process.stderr.read() == ""

@@ -21,14 +21,24 @@ ARGUMENTS = ["--no-sandbox"]  # CI runs as root
 
 
 @contextmanager
-def viewing(path: Path) -> Iterator[str]:
-    """Serve a run; gives the address."""
-    server = uvicorn.Server(uvicorn.Config(viewer_app(RunFolder(path)), log_level="error", timeout_graceful_shutdown=1))
+def viewing(path: Path, *, read: bool = True) -> Iterator[str]:
+    """Serve a run; gives the address.
+
+    Args:
+        path: of the run.
+        read: all that is there is read before. Otherwise a page may be opened sooner, is shown without it, and changes
+            at some later moment.
+    """
+    folder = RunFolder(path)
+    if read:
+        folder.refresh()
+    server = uvicorn.Server(uvicorn.Config(viewer_app(folder), log_level="error", timeout_graceful_shutdown=1))
     with listening_socket(0) as listening:
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
-        deadline = time.monotonic() + 30
-        while not server.started and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while not server.started:
+            assert time.monotonic() < deadline, "the viewer does not start"
             time.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
