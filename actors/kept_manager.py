@@ -23,6 +23,7 @@ from raygym.supervision import GivenUp, Kind
 logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 2.0
 ANSWER_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 600.0
 _NAME = "the RolloutManager"
 # The manager's process is gone, it hangs, or its answer went with its node.
 _LOST = (RayActorError, ObjectLostError, GetTimeoutError)
@@ -42,6 +43,7 @@ class KeptManager:
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
         state: SchedulerState | None = None,
         supervisor: Supervisor | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         """Start the first one; returns before it is up.
 
@@ -50,9 +52,11 @@ class KeptManager:
             answer_timeout_s: a manager that does not say for so long that it is alive is replaced.
             state: from which the first one goes on.
             supervisor: is told what is lost, and says when it was too often.
+            start_timeout_s: that one has instead until its first answer, for its process to start.
         """
         self._start = start
         self._answer_timeout_s = answer_timeout_s
+        self._start_timeout_s = start_timeout_s
         self._state = state or SchedulerState()
         self._version = self._state.version
         self._restarts = 0
@@ -63,6 +67,11 @@ class KeptManager:
         self._calls = 0
         self._closed = False
         self._manager = start(self._state)
+        self._answers = False
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Block until the manager answers. Raises Ray's GetTimeoutError when it is not up in time."""
+        self._heard(self._manager, [self._manager.progress.remote()], timeout_s)
 
     @property
     def manager(self) -> Any:
@@ -121,7 +130,7 @@ class KeptManager:
         with self._lock:
             self._version, manager = version, self._manager
         try:
-            ray.get(manager.set_version.remote(version), timeout=self._answer_timeout_s)
+            self._heard(manager, [manager.set_version.remote(version)])
         except _LOST as error:
             self._replace(manager, error)
 
@@ -165,10 +174,20 @@ class KeptManager:
         started = time.monotonic()
         while not ray.wait([reference], timeout=_HEARTBEAT_S)[0]:
             asked = [manager.progress.remote(), manager.take_part_events.remote()]
-            text, events = ray.get(asked, timeout=self._answer_timeout_s)
+            text, events = self._heard(manager, asked)
             self._supervisor.relay(events)
             progress(f"{text}, {time.monotonic() - started:.0f} s")
         return answer(reference, self._answer_timeout_s)
+
+    def _heard(self, manager: Any, asked: list[Any], timeout_s: float | None = None) -> list[Any]:
+        """The answers of a manager that is alive. Raises what says that it is not."""
+        answers: list[Any] = ray.get(asked, timeout=self._patience_s() if timeout_s is None else timeout_s)
+        with self._lock:
+            self._answers = self._answers or manager is self._manager
+        return answers
+
+    def _patience_s(self) -> float:
+        return self._answer_timeout_s if self._answers else self._start_timeout_s
 
     def _works(self, collected: Collected) -> None:
         self._supervisor.recovered(Kind.MANAGER, _NAME)
@@ -176,8 +195,8 @@ class KeptManager:
         self._supervisor.relay(collected.part_events)
 
     def _replace(self, lost: Any, error: RayError) -> None:
-        why = _cause(error, self._answer_timeout_s)
         with self._lock:
+            why = _cause(error, self._patience_s())
             self._check_open()
             if lost is not self._manager:
                 return  # the other call has noticed as well, and was first
@@ -193,6 +212,7 @@ class KeptManager:
             ray.kill(lost)  # one that hangs must not go on beside its successor
             self._state = self._state.successor(self._version)
             self._manager = self._start(self._state)
+            self._answers = False
 
     def _check_open(self) -> None:
         if self._closed:

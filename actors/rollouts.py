@@ -115,7 +115,7 @@ class Rollouts:
         """
         try:
             ray.get([runner.ping.remote() for runner in self._runners], timeout=timeout_s)
-            ray.get(self._manager.manager.progress.remote(), timeout=timeout_s)
+            self._manager.wait_ready(timeout_s)
         except GetTimeoutError as error:
             raise TimeoutError(f"an EnvRunner or the RolloutManager was not up within {timeout_s} s") from error
 

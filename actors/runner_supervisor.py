@@ -26,7 +26,8 @@ class Supervision:
 
     ping_every_s: float = 10.0
     ping_timeout_s: float = 60.0
-    """Also the time that a runner has to load its tokenizer and environments after a restart."""
+    start_timeout_s: float = 600.0
+    """That one which is down has to answer again: it loads its tokenizer and environments."""
     first_wait_s: float = 0.5
     """Before a runner that is down is asked again; twice as long each time, up to half a minute."""
     given_up_after: int = 8
@@ -131,7 +132,9 @@ class RunnerSupervisor:
         await self._tell()
 
     async def _ping(self, index: int) -> None:
-        timeout_s = self._supervision.ping_timeout_s
+        # One that starts does not hang. Were it killed for that, it would never be up where starting takes long.
+        starts = not self._up[index].is_set()
+        timeout_s = self._supervision.start_timeout_s if starts else self._supervision.ping_timeout_s
         try:
             reference = self._runners[index].ping.remote()
             incarnation = await within(asyncio.wrap_future(reference.future()), timeout_s)

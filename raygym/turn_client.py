@@ -44,6 +44,7 @@ class TurnClient(Frames):
         # When it was asked whether it is alive, as long as nothing has come since.
         self._asked_s: float | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._watch_due_s = 0.0
 
     async def connect(self, timeout_s: float) -> None:
         """Connect, within `timeout_s` seconds.
@@ -82,7 +83,7 @@ class TurnClient(Frames):
         self._unsent.append(request)
         self._flush()
         if self._watch is None:
-            self._watch = loop.call_later(_ASK_EVERY_S, self._check_alive)
+            self._look_later()
         try:
             return await future
         except asyncio.CancelledError:
@@ -123,9 +124,17 @@ class TurnClient(Frames):
     def _silent_s(self) -> float:
         return 0.0 if self._asked_s is None else asyncio.get_running_loop().time() - self._asked_s
 
+    def _look_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._watch_due_s = loop.time() + _ASK_EVERY_S
+        self._watch = loop.call_at(self._watch_due_s, self._check_alive)
+
     def _check_alive(self) -> None:
         self._watch = None
         loop = asyncio.get_running_loop()
+        if self._asked_s is not None:
+            # While this loop stood still, it would have heard nobody.
+            self._asked_s += loop.time() - self._watch_due_s
         if self._asked_s is None:
             if not self._futures:
                 return
@@ -137,7 +146,7 @@ class TurnClient(Frames):
             self.close()
             return
         # Also when all turns were given up meanwhile, as with short deadlines: one that hangs must be noticed.
-        self._watch = loop.call_later(_ASK_EVERY_S, self._check_alive)
+        self._look_later()
 
     def _gone(self) -> EpisodeFailure:
         return EpisodeFailure(FailureKind.ENGINE_LOST, f"replica {self.address.replica} of the PolicyServer is gone")

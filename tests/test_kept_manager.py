@@ -50,11 +50,15 @@ class Manager:
 class FakeRay:
     """As much of Ray as a KeptManager calls."""
 
+    def __init__(self) -> None:
+        self.waited_s: list[float] = []
+
     def wait(self, references: list[Reference], timeout: float) -> tuple[list[Reference], list[Reference]]:
         return references, []
 
-    def get(self, reference: Reference, timeout: float) -> Any:
-        return reference.answer()
+    def get(self, asked: Reference | list[Reference], timeout: float) -> Any:
+        self.waited_s.append(timeout)
+        return [reference.answer() for reference in asked] if isinstance(asked, list) else asked.answer()
 
     def kill(self, manager: Manager) -> None:
         manager.killed = True
@@ -149,6 +153,19 @@ def test_a_successor_is_given_what_is_left_of_the_deadline(
     assert [manager.asked for manager in managers] == [[("validate", TASKS, 10.0)], [("validate", TASKS, 3.0)]]
     rollouts.validate(TASKS, quiet)
     assert managers[1].asked[-1] == ("validate", TASKS, math.inf)
+
+
+def test_one_that_starts_is_not_taken_for_one_that_hangs(managers: list[Manager]) -> None:
+    rollouts, asked = kept(managers), kept_manager.ray
+    assert isinstance(asked, FakeRay)
+    rollouts.set_version(1)
+    rollouts.set_version(2)
+    managers[0].before_answer = lost
+    rollouts.set_version(3)
+    rollouts.set_version(4)
+    rollouts.set_version(5)
+    starts, answers = kept_manager.START_TIMEOUT_S, kept_manager.ANSWER_TIMEOUT_S
+    assert asked.waited_s == [starts, answers, answers, starts, answers] and len(managers) == 2
 
 
 def test_after_the_end_no_manager_is_started(managers: list[Manager]) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import RayActorError
 
 from raygym.actors.runner_supervisor import RunnerSupervisor, Supervision
@@ -19,16 +20,19 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
 
 
 class Runner:
-    """Answers its pings; `dead` for so many of them it does not."""
+    """Answers its pings; `dead` for so many of them it does not. The answer to `late` comes when a test gives it."""
 
-    def __init__(self, dead: int = 0, incarnation: str = "") -> None:
-        self.pings, self._dead, self._incarnation = 0, dead, incarnation
+    def __init__(self, dead: int = 0, incarnation: str = "", late: int = 0) -> None:
+        self.pings, self._dead, self._incarnation, self._late = 0, dead, incarnation, late
+        self.answer: Future[str] = Future()
         self.ping = SimpleNamespace(remote=self._ping)
 
     def _ping(self) -> Any:
         self.pings += 1
         answer: Future[str] = Future()
-        if self.pings <= self._dead:
+        if self.pings == self._late:
+            answer = self.answer
+        elif self.pings <= self._dead:
             answer.set_exception(RayActorError(error_msg="it died"))
         else:
             answer.set_result(self._incarnation)
@@ -81,3 +85,24 @@ async def test_each_answers_for_the_first_time_once() -> None:
     events = await watched(Runner(), Runner(dead=2), pings=5)
     assert [event.what for event in events if event.name == "EnvRunner 0"] == [What.RECOVERED]
     assert [event.what for event in events if event.name == "EnvRunner 1"] == [What.LOST, What.RECOVERED]
+
+
+async def test_one_that_starts_slowly_is_not_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Runner] = []
+    monkeypatch.setattr(ray, "kill", lambda runner, no_restart: killed.append(runner))
+    slow, hung = Runner(dead=2, late=3), Runner(late=2)
+    supervision = Supervision(ping_every_s=0.01, first_wait_s=0.01, ping_timeout_s=0.05, start_timeout_s=60.0)
+    supervisor = RunnerSupervisor([slow, hung], supervision)
+    try:
+        async with asyncio.timeout(30):
+            while hung not in killed or slow.pings < 3:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert killed == [hung] and slow.pings == 3 and supervisor.states() == [False, True]
+        slow.answer.set_result("")
+        async with asyncio.timeout(30):
+            while not all(supervisor.states()):
+                await asyncio.sleep(0.01)
+    finally:
+        for watcher in supervisor._watchers:
+            watcher.cancel()

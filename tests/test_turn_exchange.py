@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -244,6 +245,24 @@ async def test_a_replica_that_hangs_is_engine_timeout(monkeypatch: pytest.Monkey
         with pytest.raises(EpisodeFailure, match="no sign of life") as raised:
             await asked
         assert raised.value.kind is FailureKind.ENGINE_TIMEOUT and p.lost
+
+
+async def test_one_that_was_not_listened_to_was_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The EnvRunner's own event loop stood still between its question and the answer."""
+    monkeypatch.setattr("raygym.turn_client._ASK_EVERY_S", 0.02)
+    monkeypatch.setattr("raygym.turn_client._SILENT_AFTER_S", 2.0)
+    engine = Engine()
+    async with pair(engine) as p:
+        client = await p.client()
+        asked = p.asked(client, 0)
+        await until(lambda: client._asked_s is not None)
+        time.sleep(2.5)
+        # As with libuv, which looks at its timers before it reads.
+        assert client._watch is not None
+        client._watch.cancel()
+        client._check_alive()
+        assert not p.lost and not asked.done()
+        await until(lambda: not client.suspect)
 
 
 async def test_a_replica_that_hangs_is_noticed_though_its_turns_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,9 @@ async function show() {
     if (!made.keepsScroll) scrollTo(0, 0);
   } catch (error) {
     if (mine !== showing) return;
+    // It may not have been read yet: with more of the run it is asked for again.
+    shown = { refresh: show };
+    if (main.querySelector(":scope > .problem p")?.textContent === error.message) return; // and is not read out again
     main.replaceChildren(
       h("div", { class: "problem", role: "alert" }, h("p", null, error.message), h("p", null, h("a", { href: link("trajectories") }, "All trajectories"))),
     );
