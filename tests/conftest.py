@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from ray_head import PATIENCE
 
 # How long a case takes on a busy machine is no property of the code.
 hypothesis.settings.register_profile("raygym", deadline=None)
@@ -38,12 +39,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-# Ray and Serve give up on their own processes after seconds, which these can take on a machine that is slow or busy.
-PATIENCE = {
-    "RAY_agent_register_timeout_ms": "240000",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "240",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "240",
-}
 _STARTS = 5
 _LEAST_TIMEOUT_S = 600
 

@@ -16,7 +16,7 @@ import pytest
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from started_run import StartedRun, listening, started_run, step_was_made
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 CANARY = "canary-4f1d9c7ab2"
 WRONG = "wrong-canary-77e0"
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
