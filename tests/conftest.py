@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from ray_head import PATIENCE
 
 # How long a case takes on a busy machine is no property of the code.
 hypothesis.settings.register_profile("raygym", deadline=None)
@@ -38,13 +39,35 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+_STARTS = 5
+_LEAST_TIMEOUT_S = 600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever test comes first starts the cluster in its own time; a deadline here only ends what hangs."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            marker = item.get_closest_marker("timeout")
+            if marker is None or marker.args[0] < _LEAST_TIMEOUT_S:
+                item.add_marker(pytest.mark.timeout(_LEAST_TIMEOUT_S), append=False)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs in a directory of its own, shut down at the end of the session."""
     import ray
 
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     # A short path: Ray puts Unix sockets below it, whose names may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="rg", ignore_cleanup_errors=True) as directory:
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=directory, log_to_driver=False)
+        for start in range(1, _STARTS + 1):
+            try:
+                ray.init(num_cpus=2, include_dashboard=False, _temp_dir=f"{directory}/{start}", log_to_driver=False)
+                break
+            except Exception as error:  # Ray has no class for it, and gives its raylet 30 s, whatever it is told
+                if "timed out during startup" not in str(error) or start == _STARTS:
+                    raise
+                ray.shutdown()
         yield
         ray.shutdown()

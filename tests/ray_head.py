@@ -15,6 +15,13 @@ from pathlib import Path
 
 import psutil
 
+# Ray and Serve give up on their own processes after seconds, which these can take on a machine that is slow or busy.
+PATIENCE = {
+    "RAY_agent_register_timeout_ms": "240000",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "240",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "240",
+}
+
 
 @contextmanager
 def ray_head() -> Iterator[dict[str, str]]:
@@ -34,7 +41,7 @@ def ray_head() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="rg", ignore_cleanup_errors=True) as directory:
         # A token of its own: whether Ray asks for one by default depends on whether this user's home has one.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | token
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | token | PATIENCE
         process = subprocess.Popen(
             [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--temp-dir={directory}",
              f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}",
@@ -55,10 +62,10 @@ def ray_head() -> Iterator[dict[str, str]]:
 
 def wait_open(port: int, process: subprocess.Popen[bytes]) -> None:
     """Wait until somebody listens there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    raise TimeoutError("ray start --head was not up within 60 s")
+    raise TimeoutError("ray start --head was not up within 240 s")

@@ -15,6 +15,16 @@ import psutil
 import ray
 
 
+def named(name: str, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are called so, as far as they have not ended meanwhile."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 class Node:
     """One raylet with all that runs on it."""
 

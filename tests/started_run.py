@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from ray_head import PATIENCE
 from test_train_command import COMMAND, ROOT, environment
 
 from raygym.cluster_guard import sessions_of, writers
@@ -34,10 +35,7 @@ class StartedRun:
         self.folder = folder
         self.shared_memory = set(os.listdir(SHARED_MEMORY))
         self.output = ""
-        # The times that Ray and Serve give to their own start are short on a machine that tests share.
-        patient = {"RAY_raylet_start_wait_time_s": "240", "RAY_agent_register_timeout_ms": "240000"}
-        patient |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "240", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "240"}
-        patient |= {"TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": str(RAY.parent)}
+        patient = PATIENCE | {"TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": str(RAY.parent)}
         (folder / "tmp").mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [*COMMAND, command, str(ROOT / "configs/tiny.yaml"), f"runs_dir={folder}/runs", *SIMULATED, *settings],
@@ -71,7 +69,7 @@ class StartedRun:
                     self._members.setdefault(pid, psutil.Process(pid))
         return [member for member in self._members.values() if alive(member)]
 
-    def wait_for(self, seen: Callable[[StartedRun], bool], timeout_s: float = 300) -> None:
+    def wait_for(self, seen: Callable[[StartedRun], bool], timeout_s: float = 600) -> None:
         """Until `seen` holds, looking at its processes all the while."""
         deadline = time.monotonic() + timeout_s
         while not seen(self):
@@ -85,13 +83,13 @@ class StartedRun:
         self.members()
         self.process.send_signal(number)
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = 400) -> int:
         """Its exit status; `output` is whole afterwards."""
         status = self.process.wait(timeout=timeout_s)
         self._reader.join(timeout=timeout_s)
         return status
 
-    def left(self, timeout_s: float = 60) -> list[str]:
+    def left(self, timeout_s: float = 180) -> list[str]:
         """Processes that are there `timeout_s` after the driver's end."""
         _, staying = psutil.wait_procs(self.members(), timeout=timeout_s)
         return [describe(process) for process in staying if alive(process)]

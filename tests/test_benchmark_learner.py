@@ -76,6 +76,7 @@ def test_rollouts_survive_their_file_and_ratios_keep_away_from_the_bounds(tmp_pa
     assert 0.3 < ((ratios_N < 0.8) | (ratios_N > 1.2)).mean() < 0.7
 
 
+@pytest.mark.timeout(400)
 def test_a_process_makes_steps_and_its_end_is_told(tmp_path: Path) -> None:
     steps = harness("step_process")
     (tmp_path / "fake_side.py").write_text(SIDE)
@@ -126,6 +127,7 @@ def test_what_differs_in_its_advantages_is_not_compared() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_without_trl_the_benchmark_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     code = f"import runpy, sys; sys.argv = ['learner.py']; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); "

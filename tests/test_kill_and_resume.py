@@ -20,19 +20,35 @@ from run_audit import audit
 from test_train_command import COMMAND, ROOT, environment, rows
 from tiers import LONG, only_long
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+from raygym.testing.chaos import Fault, Plan
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 20 if LONG else 6
-# A reward that depends on every token, so that there is always something to learn from.
+# A reward that depends on every token, so that there is always something to learn from. It can be held, see `hold`.
 LETTERS = """
+import time
 import zlib
+from pathlib import Path
 
 import raygym
+
+HERE = Path(__file__).parent
+
+
+def held():
+    try:
+        file, text, times = (HERE / "hold").read_text().splitlines()
+        return (HERE / file).read_text().count(text) >= int(times)
+    except FileNotFoundError:
+        return False
 
 
 class Letters(raygym.ChatEnv):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.turns = 0
+        while held():
+            time.sleep(0.05)
         return f"Say {seed}.", {}
 
     def step(self, action):
@@ -71,23 +87,34 @@ def command(folder: Path, name: str, engine: list[str], **changes: Any) -> list[
     return [*COMMAND, "train", str(ROOT / "configs/tiny.yaml"), *engine, *(f"{k}={v}" for k, v in settings.items())]
 
 
-def start(folder: Path, name: str, engine: list[str], **changes: Any) -> subprocess.Popen[str]:
+def start(
+    folder: Path, name: str, engine: list[str], plan: Plan | None = None, **changes: Any
+) -> subprocess.Popen[str]:
     (folder / "letters.py").write_text(LETTERS)
+    variables = plan.environment(folder / "plan.json") if plan else {}
     return subprocess.Popen(
-        command(folder, name, engine, **changes), cwd=folder, env=environment(PYTHONPATH=str(ROOT)),
+        command(folder, name, engine, **changes), cwd=folder, env=environment(PYTHONPATH=str(ROOT), **variables),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
+def hold(folder: Path, file: str, text: str, times: int = 1) -> Path:
+    """No episode begins any more once the run's file has the text so often, until what is returned is unlinked: however
+    late it is looked at, the run is not over."""
+    held = folder / "hold"
+    held.write_text(f"{file}\n{text}\n{times}\n")
+    return held
+
+
 def finish(process: subprocess.Popen[str], returncode: int = 0) -> str:
     """What it printed from here to its end."""
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == returncode, output
     return output
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (run / "ledger.jsonl").exists() or f'{{"step": {step},' not in (run / "ledger.jsonl").read_text():
         assert time.monotonic() < deadline, f"step {step} was not made in time"
         time.sleep(0.01)
@@ -116,7 +143,7 @@ def named(driver: psutil.Process, *names: str) -> list[psutil.Process]:
 
 def assert_gone(processes: list[psutil.Process]) -> None:
     """Whatever happened to the driver, nothing of its run goes on. Ray's own agents take their time; they are ended."""
-    _, alive = psutil.wait_procs([process for process in processes if not is_agent(process)], timeout=60)
+    _, alive = psutil.wait_procs([process for process in processes if not is_agent(process)], timeout=180)
     left = [process.name() for process in alive]
     kill([*processes, *alive])
     assert not left
@@ -168,12 +195,14 @@ def test_a_killed_part_costs_no_task_and_repeats_none(
 ) -> None:
     draw = random.Random(f"{seed} {victim}")
     run = tmp_path / "runs/killed"
+    held = hold(tmp_path, "runs/killed/ledger.jsonl", f'{{"step": {STEPS - 2},')
     first = start(tmp_path, "killed", ENGINES[engine])
     driver = psutil.Process(first.pid)
     wait_for_step(run, draw.randrange(2, STEPS - 2))
     time.sleep(draw.random())
     below = driver.children(recursive=True)
     kill(VICTIMS[victim](driver))
+    held.unlink()
     if victim in ("manager", "learner"):  # it has a successor, and the run goes on
         finish(first)
         assert recovered(run) == [victim]
@@ -198,18 +227,21 @@ def test_a_killed_part_costs_no_task_and_repeats_none(
 def test_learners_that_are_lost_twice_are_started_again_in_place(
     validate_every: int, tmp_path: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """First without a checkpoint, then with one. Engines and runners stay, and the result is that of a whole run."""
+    """First without a checkpoint, then with one. Engines and runners stay, and the result is that of a whole run.
+
+    In step 2 of the first gang and in step 4 of the second, which has made 1 to 3 again: struck from outside, one could
+    be lost a checkpoint later.
+    """
     run = tmp_path / "runs/lost"
-    process = start(tmp_path, "lost", SIMULATED, **{"validation.every": validate_every})
+    plan = Plan(tuple(Fault("learner.update.begin", "kill", hit=hit) for hit in (2, 4)))
+    held = hold(tmp_path, "runs/lost/events.jsonl", '"recovered"', 2)
+    process = start(tmp_path, "lost", SIMULATED, plan, **{"validation.every": validate_every})
     driver = psutil.Process(process.pid)
     wait_for_step(run, 1)
     stay = named(driver, "ray::ServeReplica", "ray::EnvRunner")
-    kill(named(driver, "ray::LearnerActor"))
-    wait_for_event(run, "recovered")
-    wait_for_step(run, 3)
-    kill(named(driver, "ray::LearnerActor"))
     wait_for_event(run, "recovered", 2)
     assert all(part.is_running() for part in stay)
+    held.unlink()
     output = finish(process)
     audit(run, STEPS)
     assert [event["what"] for event in events(run)] == ["lost", "restarted", "recovered"] * 2
@@ -286,7 +318,8 @@ def test_with_stale_data_what_was_whole_is_trained_once(tmp_path: Path) -> None:
 
 def events(run: Path) -> list[dict[str, Any]]:
     path = run / "events.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # one may be being written
 
 
 def recovered(run: Path) -> list[str]:
@@ -295,7 +328,7 @@ def recovered(run: Path) -> list[str]:
 
 
 def wait_for_event(run: Path, what: str, times: int = 1) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while [event["what"] for event in events(run)].count(what) < times:
         assert time.monotonic() < deadline, f"{events(run)}: expected {what}"
         time.sleep(0.01)

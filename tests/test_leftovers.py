@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray_nodes import named
 from started_run import RAY, SHARED_MEMORY, StartedRun, started_run, step_was_made
 from tiers import LONG, only_long
 
 from raygym.resume import only_writer
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 SEEDS = [0, 1, 2] if LONG else [0]
 
 
@@ -46,7 +47,7 @@ def kill(run: StartedRun) -> int:
 
 def fail(run: StartedRun) -> int:
     """A learner is gone, which a run without `supervision.learner_restarts` does not survive."""
-    learner = next(member for member in run.members() if "LearnerActor" in " ".join(member.cmdline()))
+    learner = named("LearnerActor", run.members())[0]
     learner.kill()
     return 1
 
@@ -60,7 +61,7 @@ ENDS: list[Callable[[StartedRun], int]] = [interrupt, terminate, interrupt_twice
 
 def assert_nothing_left(run: StartedRun, *, logs_kept: bool) -> None:
     assert run.left() == []
-    deadline = time.monotonic() + 60  # Ray's directory goes after the last process, by the cluster's guard
+    deadline = time.monotonic() + 180  # Ray's directory goes after the last process, by the cluster's guard
     while run.session is not None and not logs_kept and time.monotonic() < deadline:
         time.sleep(0.1)
     if logs_kept:

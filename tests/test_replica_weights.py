@@ -111,7 +111,7 @@ class Replica:
         self.fenced += 1
 
     async def update(self, offer: VersionOffer) -> Any:
-        return await self.weights.update(offer, "keep", 1.0, load_timeout_s=5.0)
+        return await self.weights.update(offer, "keep", 1.0, load_timeout_s=60.0)
 
 
 @pytest.fixture

@@ -157,8 +157,8 @@ def test_a_group_whose_members_do_not_come_leaves_no_key(monkeypatch: pytest.Mon
     monkeypatch.setattr(collective, "_internal_kv_put", put)
     monkeypatch.setattr(collective, "_internal_kv_del", lambda key, namespace: keys.remove(key))
     monkeypatch.setattr(collective.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(collective.GlooGroup, "timeout_s", 0.5)
-    with pytest.raises(RuntimeError):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(collective.GlooGroup, "timeout_s", 0.5)
         collective.GlooGroup(2, 0, "alone")
     assert keys == set()
     alone = collective.GlooGroup(1, 0, "one")

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import pytest
+from ray_nodes import named
 from weight_files import ModelFiles, simulated_engines
 
 from raygym.config import SyncConfig
@@ -21,9 +22,12 @@ from raygym.lease import ReplicaState
 from raygym.supervision import Kind, PartEvent, What
 from raygym.types import EpisodeFailure, Generation, Sampling
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-LEASE_S = 4.0
-TIMEOUT_S = 20.0
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+# Replicas that are well answer within them, also where a successor loads on the same two cores.
+LEASE_S = 8.0
+TIMEOUT_S = 60.0
+# Ends what hangs: a replica that starts anew is waited for, and one of another machine's speed.
+DEADLINE_S = 240.0
 
 
 class Fleet:
@@ -42,7 +46,7 @@ class Fleet:
         health = WeightHealth(
             Supervisor(record=self.events.append), lambda: wanted_replicas(app.removeprefix("raygym-"))
         )
-        self.sync = WeightSync(config, cast(Any, files), handle, 2, 120.0, health)
+        self.sync = WeightSync(config, cast(Any, files), handle, 2, DEADLINE_S, health)
         self.version = 0
         self.asked: list[tuple[float, float, Generation]] = []
         """When it was asked, when it was answered, and the answer."""
@@ -58,7 +62,7 @@ class Fleet:
     def start(self) -> None:
         self.sync.connect()
         self._asking.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + DEADLINE_S
         while not self.asked:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -72,7 +76,7 @@ class Fleet:
         return [answer for asked, _, answer in self.asked if asked > began]
 
     def wait_for_answers(self, began: float, count: int = 20) -> list[Generation]:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + DEADLINE_S
         while len(found := self.answered_since(began)) < count:
             assert time.monotonic() < deadline, "turns do not go on"
             time.sleep(0.05)
@@ -80,7 +84,7 @@ class Fleet:
 
     def wait_for_events(self, kind: Kind, what: list[What]) -> None:
         """They are told by a thread of their own."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while (found := [event.what for event in self.events if event.kind is kind]) != what:
             assert time.monotonic() < deadline, found
             time.sleep(0.05)
@@ -143,7 +147,7 @@ def current_only(fleet: Fleet, began: float) -> None:
 
 
 def stores() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "ray::WeightStore" in " ".join(p.cmdline() or [""])]
+    return named("ray::WeightStore", psutil.Process().children(recursive=True))
 
 
 def test_what_kills_stops_or_changes_something_costs_no_version(two: Fleet) -> None:
@@ -152,7 +156,7 @@ def test_what_kills_stops_or_changes_something_costs_no_version(two: Fleet) -> N
         part(two)
         if part is more:
             continue
-        states = two.sync.settle(60, 2)
+        states = two.sync.settle(DEADLINE_S, 2)
         assert len(states) == 2, part.__name__
         assert {state.weights.version for state in states} == {two.version}, part.__name__
         assert len({state.weights.checksum for state in states}) == 1
@@ -187,7 +191,7 @@ def a_killed_replica(two: Fleet) -> None:
     began = time.monotonic()
     two.wait_for_answers(began)
     current_only(two, began)
-    after = two.sync.settle(60, 2)
+    after = two.sync.settle(DEADLINE_S, 2)
     assert len(after) == 2 and len(pids(after) - pids(before)) == 1
     two.wait_for_events(Kind.REPLICA, [What.LOST, What.RECOVERED])
     assert {event.name for event in two.events} == {f"replica {victim.replica}"}
@@ -210,7 +214,7 @@ def a_stopped_replica(two: Fleet) -> None:
     finally:
         os.kill(victim.pid, signal.SIGCONT)
     began = time.monotonic()
-    after = two.sync.settle(60, 2)
+    after = two.sync.settle(DEADLINE_S, 2)
     assert pids(after) == pids(before), "it is admitted again"
     two.wait_for_answers(time.monotonic(), 40)
     current_only(two, began)
@@ -219,7 +223,7 @@ def a_stopped_replica(two: Fleet) -> None:
 def a_killed_store(two: Fleet) -> None:
     (store,) = stores()
     store.kill()
-    store.wait(timeout=60)
+    store.wait(timeout=DEADLINE_S)
     published = two.publish()
     assert published.replicas == 2 and published.resent_buckets > 0
     (other,) = stores()
@@ -233,7 +237,7 @@ def all_killed(two: Fleet) -> None:
         os.kill(state.pid, signal.SIGKILL)
     published = two.publish()
     assert published.replicas >= 1, "it waited for a successor"
-    after = two.sync.settle(60, 2)
+    after = two.sync.settle(DEADLINE_S, 2)
     assert len(pids(after) - pids(before)) == 2
     began = time.monotonic()
     two.wait_for_answers(began)
@@ -244,7 +248,7 @@ def more(two: Fleet) -> None:
     from raygym.actors.serving import scale
 
     scale("two", 3)
-    assert len(two.sync.settle(60, 3)) == 3, "the third has caught up"
+    assert len(two.sync.settle(DEADLINE_S, 3)) == 3, "the third has caught up"
     assert two.publish().replicas == 3
 
 
@@ -253,7 +257,7 @@ def fewer(two: Fleet) -> None:
 
     lost = [event.what for event in two.events].count(What.LOST)
     scale("two", 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + DEADLINE_S
     while len(two.sync.serving()) > 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -76,9 +76,10 @@ class ModelFiles:
                 return sent
 
         self.actor: Any = ray.remote(Sender).options(num_cpus=0, **options).remote()
+        ray.get(self.actor.ping.remote(), timeout=300)  # its start is no part of the deadlines of a sync
 
     def call(self, method: str, *args: Any) -> Any:
-        return self.call_first(method, *args, timeout_s=60)
+        return self.call_first(method, *args, timeout_s=120)
 
     def call_first(self, method: str, *args: Any, timeout_s: float) -> Any:
         import ray
