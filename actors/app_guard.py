@@ -76,10 +76,7 @@ class AppGuard:
         with suppress(ValueError):  # there is none
             ray.kill(ray.get_actor(name, namespace=_NAMESPACE))
         self._ends_serve = not serve_runs()
-        watch: Any = ray.remote(AppWatch)
-        restarted = {"max_restarts": -1, "max_task_retries": -1}
-        options = watch.options(name=name, namespace=_NAMESPACE, lifetime="detached", num_cpus=0, **restarted)
-        self._watch = options.remote()
+        self._watch = _start_watch(name)
         self._watch.watch.remote(app, self._sign, self._ends_serve)
 
     def undeploy(self, run_name: str, *, deploys_still: bool = False) -> None:
@@ -97,6 +94,20 @@ class AppGuard:
             end_unused_serve()
         for actor in (self._watch, self._sign):
             ray.kill(actor)
+
+
+def _start_watch(name: str) -> Any:
+    watch: Any = ray.remote(AppWatch)
+    restarted = {"max_restarts": -1, "max_task_retries": -1}
+    options = watch.options(name=name, namespace=_NAMESPACE, lifetime="detached", num_cpus=0, **restarted)
+    ends = time.monotonic() + _GONE_WITHIN_S
+    while True:
+        try:
+            return options.remote()
+        except ValueError:  # the one that was killed just now still has the name
+            if time.monotonic() >= ends:
+                raise
+            time.sleep(0.1)
 
 
 def require_free(sign_name: str, app: str) -> None:

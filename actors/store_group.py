@@ -25,7 +25,7 @@ from raygym.weights import CollectiveTimeout, Manifest, Sending, WeightsError
 logger = logging.getLogger(__name__)
 # Longer than a process takes to start on a machine that is busy with the start of engines and learners.
 _START_TIMEOUT_S = 180.0
-_PING_TIMEOUT_S = 5.0
+_PING_TIMEOUT_S = 10.0
 _ATTEMPTS = 3
 
 
@@ -90,7 +90,7 @@ class StoreGroup:
             if self._sender_node in self._stores:
                 break
             # Where its node is gone, so is learner 0, and that has to be told.
-            self._learners.call_first("ping", timeout_s=_PING_TIMEOUT_S)
+            self._learners.call_first("ping", timeout_s=self._timeout_s)
             if attempt == _ATTEMPTS:
                 raise WeightsError(f"learner 0's node has no weight store after {attempt} attempts: {self._why}")
         self._open()

@@ -110,8 +110,8 @@ class WeightSync:
         """
         self._replicas.start()
         self._catching_up.start()
-        deadline = time.monotonic() + self._config.timeout_s
         self._connect_learners()
+        deadline = time.monotonic() + self._config.timeout_s
         shapes = {tensor.name: tensor.shape for tensor in self._manifest.tensors}
         for answer in self._replicas.call("misfit", shapes, timeout_s=self._config.timeout_s):
             if isinstance(answer, str) and answer:

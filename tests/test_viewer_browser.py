@@ -58,6 +58,7 @@ def open_page(browser, serve):
         page.goto(address)
         return page
 
+    opened.told = told
     yield opened
     for context in contexts:
         context.close()
@@ -256,6 +257,19 @@ def test_a_run_that_goes_on_is_followed(tmp_path, serve, open_page):
     expect(page.locator(".count b").first).to_have_text("36")
     run.finish()
     expect(page.locator(".pill")).to_have_text("finished")
+
+
+def test_what_an_address_asks_for_is_shown_once_it_has_been_read(tmp_path, serve, open_page):
+    run = SimulatedRun(tmp_path / "run", steps=5)
+    run.step(1)
+    page = open_page(f"{serve(run.path)}#/trajectory?file=trajectories/step_000002&number=1")
+    expect(page.get_by_role("alert")).to_contain_text("no trajectory 1 in 'trajectories/step_000002' (yet)")
+    run.step(2)
+    expect(page.locator(".message").first).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    # The browser itself tells of each.
+    assert all("404 (Not Found)" in told for told in open_page.told)
+    open_page.told.clear()
 
 
 def test_html_and_script_are_shown_as_text(tmp_path, serve, open_page):
