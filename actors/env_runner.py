@@ -31,6 +31,7 @@ from raygym.episode_exchange import Client, EpisodeRequest, EpisodeServer, Finis
 from raygym.memory_limit import limit_memory, machine_memory_mib
 from raygym.nemo_gym.agent import run_agent_episode
 from raygym.places import Places
+from raygym.tokenizer_loading import load_tokenizer
 from raygym.tool_calls import ToolCalls
 from raygym.tool_parsers import tool_parser
 from raygym.tracking.otlp import TracingOptions, start_tracing
@@ -95,10 +96,7 @@ class EnvRunner:
         self._episodes: dict[asyncio.Task[Any], int] = {}
         self._first_attempt = 0
         self._asked = EpisodeServer(self._run_asked)
-        # It takes seconds, with PyTorch; the driver needs only this class.
-        from transformers import AutoTokenizer
-
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        self._tokenizer = load_tokenizer(model_dir)
         self._parser = tool_parser(parser, model_dir)
         self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()
         self._processes = {config.label: EnvProcesses(config) for config in envs if config.isolation == "actor"}

@@ -27,9 +27,9 @@ from raygym.config import PolicyConfig
 from raygym.engine import Engine, EngineError
 from raygym.in_flight import InFlight, OnUpdate
 from raygym.lease import Beat, ReplicaState
-from raygym.models import stop_token_ids
 from raygym.replica_weights import Applied, ReplicaWeights
 from raygym.simulate import SimulatedConfig, SimulatedEngine
+from raygym.stop_tokens import stop_token_ids
 from raygym.testing import chaos
 from raygym.tool_parsers import tool_parser
 from raygym.turn_batch import TurnRequest

@@ -24,8 +24,9 @@ from harness import calibrate, report
 from raygym.actors import serving
 from raygym.batching_config import BatchingConfig
 from raygym.config import PolicyConfig
-from raygym.models import resolve_policy, stop_token_ids
+from raygym.models import resolve_policy
 from raygym.simulated_batching import BatchedRequest, ContinuousBatching
+from raygym.stop_tokens import stop_token_ids
 from raygym.types import Int32Array, Sampling
 
 COSTS = ("step_s", "request_s", "kv_token_s", "prefill_token_s")

@@ -7,7 +7,6 @@ What is built here lands in `cache_dir()`, whole or not at all, also with severa
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -100,41 +98,6 @@ def find_policy(model: str) -> Path | None:
 def is_hub_id(model: str) -> bool:
     """Whether it reads like `owner/name`."""
     return _HUB_ID.fullmatch(model) is not None
-
-
-def stop_token_ids(model_dir: Path) -> tuple[int, ...]:
-    """The IDs that end a generation, sorted: the eos of config.json, generation_config.json and the tokenizer.
-
-    They differ in published models (config.json often names the end of text, the tokenizer the end of turn), and
-    every one of them ends a turn.
-    """
-    from transformers import AutoTokenizer
-
-    config = _read_json(model_dir / "config.json")
-    found = _as_ids(config.get("eos_token_id")) | _as_ids((config.get("text_config") or {}).get("eos_token_id"))
-    if (generation := model_dir / "generation_config.json").is_file():
-        found |= _as_ids(_read_json(generation).get("eos_token_id"))
-    found |= _as_ids(AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False).eos_token_id)
-    if not found:
-        raise ModelError(str(model_dir), "names no end-of-turn token; set eos_token_id in its generation_config.json")
-    return tuple(sorted(found))
-
-
-def _as_ids(value: int | list[int] | None) -> set[int]:
-    if value is None:
-        return set()
-    return set(value) if isinstance(value, list) else {value}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(
-            str(path.parent), f"{path.name} is not JSON ({error}); copy the model's files again"
-        ) from error
-    assert isinstance(data, dict), path
-    return data
 
 
 def _check_files(directory: Path, model: str) -> Path:

@@ -21,6 +21,7 @@ from raygym.engine_clock import EngineClock
 from raygym.latency_profile import MeasuredLatency
 from raygym.simulated_batching import ContinuousBatching
 from raygym.simulated_faults import EngineLife, SimulatedFault, garbage
+from raygym.tokenizer_loading import load_tokenizer
 from raygym.types import EngineLoad, Float32Array, Generation, Int32Array, Sampling
 from raygym.version_file import file_checksums
 from raygym.weight_checksums import model_checksum
@@ -231,12 +232,11 @@ class SimulatedEngine:
     async def asgi_app(self) -> Any:
         """The OpenAI API over these generations."""
         # Starlette and transformers take seconds to import and only a replica needs them.
-        from transformers import AutoTokenizer
-
         from raygym.api.simulated import SimulatedApi
 
-        tokenizer = AutoTokenizer.from_pretrained(self._model_dir, trust_remote_code=False)
-        return SimulatedApi(self.generate, tokenizer, self._model, self._config.max_model_len).app()
+        return SimulatedApi(
+            self.generate, load_tokenizer(self._model_dir), self._model, self._config.max_model_len
+        ).app()
 
     def shutdown(self) -> None:
         """Nothing to free."""

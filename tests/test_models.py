@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raygym import models
-from raygym.models import ModelError, cache_dir, resolve_policy, stop_token_ids
+from raygym.models import ModelError, cache_dir, resolve_policy
+from raygym.stop_tokens import stop_token_ids
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from raygym.config import ConfigError, RunConfig
 from raygym.errors import LearnerStateError
 from raygym.file_manifest import read_manifest, write_manifest
 from raygym.learner_state import load_learner_state, save_learner_state
-from raygym.models import ModelError, resolve_policy, stop_token_ids
+from raygym.models import ModelError, resolve_policy
 from raygym.resume import checkpoint_store
 from raygym.rollout_store import Request, RolloutStore
+from raygym.stop_tokens import stop_token_ids
 
 
 class Payload:
