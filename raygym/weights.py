@@ -215,7 +215,8 @@ def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a checkpoint's safetensors files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(Path(model_dir).glob("*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
+        # No tensor is read, so any type will do; "pt" would import PyTorch.
+        with safe_open(str(path), framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes

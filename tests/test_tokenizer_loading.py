@@ -114,18 +114,22 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache: Path, asked: list
 
 
 def test_a_known_one_needs_no_pytorch(tmp_path: Path) -> None:
-    """Nor does what an EnvRunner loads besides, for environments with tools and without."""
+    """Nor does what else an EnvRunner loads, or a simulated replica."""
     model_dir = resolve_policy("tiny")
     load_tokenizer(model_dir)
     code = f"""
-import sys
+import asyncio, sys
+from pathlib import Path
+from raygym.actors import env_runner, policy_server
 from raygym.chat import ChatRenderer
+from raygym.simulate import SimulatedConfig, SimulatedEngine
 from raygym.stop_tokens import stop_token_ids
 from raygym.tokenizer_loading import load_tokenizer
-from raygym.actors import env_runner, policy_server
-from pathlib import Path
-ids = ChatRenderer(load_tokenizer({str(model_dir)!r})).render_initial([{{"role": "user", "content": "x"}}])
-assert stop_token_ids(Path({str(model_dir)!r})) and len(ids)
+from raygym.weights import checkpoint_shapes
+model_dir = {str(model_dir)!r}
+assert len(ChatRenderer(load_tokenizer(model_dir)).render_initial([{{"role": "user", "content": "x"}}]))
+engine = SimulatedEngine(SimulatedConfig(), stop_token_ids(Path(model_dir)), model_dir, "tiny")
+assert asyncio.run(engine.asgi_app()) and checkpoint_shapes(model_dir)
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
