@@ -41,15 +41,21 @@ class _Found:
 
     def __init__(self, model_dir: Path) -> None:
         digest = hashlib.blake2b(digest_size=16)
-        names = sorted(path.name for path in model_dir.iterdir()) if model_dir.is_dir() else []
+        names: list[str] = []
+        with suppress(OSError):  # AutoTokenizer has the words for it
+            names = sorted(path.name for path in model_dir.iterdir())
         digest.update(json.dumps([version("transformers"), str(model_dir), names]).encode())
         for name in _READ:
             with suppress(OSError):
                 digest.update((model_dir / name).read_bytes())
-        self._path = cache_dir() / "tokenizers" / f"{digest.hexdigest()}.json"
+        self._path: Path | None = None
+        with suppress(RuntimeError):  # a user without a home, as in some containers
+            self._path = cache_dir() / "tokenizers" / f"{digest.hexdigest()}.json"
 
     def tokenizer_class(self) -> Any | None:
         """None where it is not known."""
+        if self._path is None:
+            return None
         try:
             told = json.loads(self._path.read_text(encoding="utf-8"))
             if not str(told["module"]).startswith(_FROM):
@@ -63,7 +69,7 @@ class _Found:
 
     def keep(self, chosen: type) -> None:
         """For the next process. Only what can be imported from transformers by its name, and loads by itself."""
-        if not chosen.__module__.startswith(_FROM):
+        if self._path is None or not chosen.__module__.startswith(_FROM):
             return
         if getattr(importlib.import_module(chosen.__module__), chosen.__name__, None) is not chosen:
             return

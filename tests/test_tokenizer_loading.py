@@ -13,6 +13,7 @@ import pytest
 import transformers
 from transformers import AutoTokenizer
 
+import raygym.tokenizer_loading
 from raygym.models import resolve_policy
 from raygym.tokenizer_loading import load_tokenizer
 
@@ -108,6 +109,18 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache: Path, asked: list
     folder = model(tmp_path / "model")
     cache.parent.mkdir(exist_ok=True)
     cache.write_text("in the way")
+    for _ in range(2):
+        assert load_tokenizer(folder).eos_token == "<|im_end|>"
+    assert len(asked) == 2
+
+
+def test_a_user_without_a_home_has_no_cache(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model(tmp_path / "model")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(raygym.tokenizer_loading, "cache_dir", no_home)
     for _ in range(2):
         assert load_tokenizer(folder).eos_token == "<|im_end|>"
     assert len(asked) == 2
