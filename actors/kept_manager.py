@@ -23,6 +23,7 @@ from raygym.supervision import GivenUp, Kind
 logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 2.0
 ANSWER_TIMEOUT_S = 60.0
+# Until a manager's first answer, instead: its process has to start.
 START_TIMEOUT_S = 600.0
 _NAME = "the RolloutManager"
 # The manager's process is gone, it hangs, or its answer went with its node.
@@ -43,7 +44,6 @@ class KeptManager:
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
         state: SchedulerState | None = None,
         supervisor: Supervisor | None = None,
-        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         """Start the first one; returns before it is up.
 
@@ -52,11 +52,9 @@ class KeptManager:
             answer_timeout_s: a manager that does not say for so long that it is alive is replaced.
             state: from which the first one goes on.
             supervisor: is told what is lost, and says when it was too often.
-            start_timeout_s: that one has instead until its first answer, for its process to start.
         """
         self._start = start
         self._answer_timeout_s = answer_timeout_s
-        self._start_timeout_s = start_timeout_s
         self._state = state or SchedulerState()
         self._version = self._state.version
         self._restarts = 0
@@ -187,7 +185,7 @@ class KeptManager:
         return answers
 
     def _patience_s(self) -> float:
-        return self._answer_timeout_s if self._answers else self._start_timeout_s
+        return self._answer_timeout_s if self._answers else START_TIMEOUT_S
 
     def _works(self, collected: Collected) -> None:
         self._supervisor.recovered(Kind.MANAGER, _NAME)

@@ -234,9 +234,8 @@ class SimulatedEngine:
         # Starlette and transformers take seconds to import and only a replica needs them.
         from raygym.api.simulated import SimulatedApi
 
-        return SimulatedApi(
-            self.generate, load_tokenizer(self._model_dir), self._model, self._config.max_model_len
-        ).app()
+        tokenizer = load_tokenizer(self._model_dir)
+        return SimulatedApi(self.generate, tokenizer, self._model, self._config.max_model_len).app()
 
     def shutdown(self) -> None:
         """Nothing to free."""

@@ -73,6 +73,7 @@ class _Found:
             return
         if getattr(importlib.import_module(chosen.__module__), chosen.__name__, None) is not chosen:
             return
+        # Not `write_whole`, which has one writer: here all processes of a run's start may have found it at once.
         partial = self._path.with_suffix(f".{os.getpid()}.partial")
         with suppress(OSError):  # a folder that cannot be written costs time, no more
             partial.parent.mkdir(parents=True, exist_ok=True)

@@ -132,19 +132,19 @@ class TurnClient(Frames):
     def _check_alive(self) -> None:
         self._watch = None
         loop = asyncio.get_running_loop()
-        if self._asked_s is not None:
-            # While this loop stood still, it would have heard nobody.
-            self._asked_s += loop.time() - self._watch_due_s
         if self._asked_s is None:
             if not self._futures:
                 return
             self._asked_s = loop.time()
             self.send(b"")
-        elif (silent_s := self._silent_s()) > _SILENT_AFTER_S:
-            detail = f"replica {self.address.replica} of the PolicyServer gave no sign of life for {silent_s:.0f} s"
-            self._fail_all(EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail))
-            self.close()
-            return
+        else:
+            # While this loop stood still, it would have heard nobody.
+            self._asked_s += loop.time() - self._watch_due_s
+            if (silent_s := self._silent_s()) > _SILENT_AFTER_S:
+                detail = f"replica {self.address.replica} of the PolicyServer gave no sign of life for {silent_s:.0f} s"
+                self._fail_all(EpisodeFailure(FailureKind.ENGINE_TIMEOUT, detail))
+                self.close()
+                return
         # Also when all turns were given up meanwhile, as with short deadlines: one that hangs must be noticed.
         self._look_later()
 
